@@ -1,0 +1,1 @@
+"""What several operations share: backend choice, tile math, packed-sequence arithmetic."""

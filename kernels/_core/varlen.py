@@ -1,0 +1,61 @@
+"""Packed sequences: lengths to offsets, offsets to tiles; no other file does this arithmetic."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+def cu_seqlens_from_lengths(
+    lengths: Sequence[int] | Tensor,  # (B,), on the host; 0 is an empty sequence
+    device: torch.device | str | None = None,
+) -> Tensor:  # (B+1,) int32
+    """Offsets such that sequence i is rows [cu[i], cu[i+1]).
+
+    Raises:
+        ValueError: Not one integer per sequence, a negative one, or a sum beyond int32.
+    """
+    lengths = _host(lengths, "lengths")
+    if (lengths < 0).any():
+        raise ValueError(f"need lengths >= 0; got {int(lengths.min())}")
+    cu = torch.zeros(lengths.shape[0] + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=cu[1:])
+    if int(cu[-1]) > INT32_MAX:
+        raise ValueError(f"need at most {INT32_MAX} tokens in a pack; got {int(cu[-1])}")
+    return cu.to(torch.int32).to(device, non_blocking=True)
+
+
+def tile_map(
+    cu_seqlens: Sequence[int] | Tensor,  # (B+1,), on the host
+    block: int,
+    device: torch.device | str | None = None,
+) -> Tensor:  # (num_tiles, 2) int32
+    """(sequence, tile within it) of each `block`-row tile; empty sequences have none.
+
+    A kernel launched over this list starts no program without work, whatever the lengths.
+
+    Raises:
+        ValueError: `cu_seqlens` does not rise from 0, or lives on a device (reading it would wait).
+    """
+    cu = _host(cu_seqlens, "cu_seqlens")
+    if cu.shape[0] == 0 or cu[0] != 0 or (cu.diff() < 0).any():
+        raise ValueError(f"need cu_seqlens to start at 0 and never fall; got {cu[:8].numpy()}...")
+    num_tiles = (cu.diff() + block - 1) // block  # (B,)
+    sequence = torch.repeat_interleave(torch.arange(num_tiles.shape[0]), num_tiles)
+    first = num_tiles.cumsum(0) - num_tiles
+    tile = torch.arange(sequence.shape[0]) - first[sequence]
+    tiles = torch.stack((sequence, tile), dim=1)
+    return tiles.to(torch.int32).to(device, non_blocking=True)
+
+
+def _host(values: Sequence[int] | Tensor, name: str) -> Tensor:  # (n,) int64
+    if not isinstance(values, Tensor):
+        values = torch.tensor(values) if len(values) else torch.zeros(0, dtype=torch.int64)
+    if values.device.type != "cpu":
+        raise ValueError(f"need {name} on the host; got a tensor on {values.device}")
+    if values.ndim != 1 or values.dtype not in (torch.int32, torch.int64):
+        got = f"{tuple(values.shape)} {values.dtype}"
+        raise ValueError(f"need {name} of one dimension, int32 or int64; got {got}")
+    return values.to(torch.int64)

@@ -1,0 +1,19 @@
+"""Per op, which backend runs on a device and why: the body of `siglip2 env`."""
+
+import torch
+
+from ._core.backend import Choice, explain
+from .sigmoid_loss import op as sigmoid_loss
+
+# Each module has probe(device): backend -> reason for not taking a typical input, None if it does.
+_OPS = {"sigmoid_loss": sigmoid_loss}
+
+
+def report(device: torch.device | str | None = None) -> list[Choice]:
+    """One `Choice` per op; str() of it is a line to print.
+
+    Args:
+        device: None takes CUDA when there is one, else the CPU.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return [explain(name, op.probe(device), device) for name, op in _OPS.items()]

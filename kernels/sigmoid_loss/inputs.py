@@ -1,0 +1,82 @@
+"""What `sigmoid_loss` accepts, and which pairs are positives."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+class Pairs(NamedTuple):
+    """Which pairs are positives, and what each counts; None: i <-> i, and 1."""
+
+    img_ids: Tensor | None  # (B,) int32 or int64
+    txt_ids: Tensor | None  # (M,) int32 or int64
+    img_weight: Tensor | None  # (B,)
+    txt_weight: Tensor | None  # (M,)
+
+    def to_unit_weights(self, img: Tensor) -> tuple["Pairs", Tensor]:  # ()
+        """Weights over their maxima, and the maxima's product: G stays in float16's range."""
+        acc = torch.promote_types(img.dtype, torch.float32)
+        factor = torch.ones((), dtype=acc, device=img.device)
+        weights = []
+        for weight in (self.img_weight, self.txt_weight):
+            if weight is not None:
+                weight = weight.to(acc)
+                most = weight.abs().amax()
+                factor = factor * most
+                weight = torch.where(most > 0, weight / most, 0.0)
+            weights.append(weight)
+        return Pairs(self.img_ids, self.txt_ids, *weights), factor
+
+
+def check(img: Tensor, txt: Tensor, log_scale: Tensor, bias: Tensor, pairs: Pairs) -> None:
+    """Raises ValueError."""
+    if img.ndim != 2 or txt.ndim != 2 or img.shape[1] != txt.shape[1]:
+        raise ValueError(f"need img (B, D), txt (M, D); got {tuple(img.shape)}, {tuple(txt.shape)}")
+    if img.dtype != txt.dtype or not img.dtype.is_floating_point:
+        got = f"{img.dtype}, {txt.dtype}"
+        raise ValueError(f"need img and txt of one floating-point dtype; got {got}")
+    for name, scalar in (("log_scale", log_scale), ("bias", bias)):
+        if scalar.ndim != 0:
+            raise ValueError(f"need {name} (); got {tuple(scalar.shape)}; pass {name}.squeeze()")
+        if not scalar.dtype.is_floating_point:
+            raise ValueError(f"need {name} of a floating-point dtype; got {scalar.dtype}")
+    _check_ids(img, txt, pairs.img_ids, pairs.txt_ids)
+    _check_weight("img_weight", pairs.img_weight, img.shape[0])
+    _check_weight("txt_weight", pairs.txt_weight, txt.shape[0])
+    for name, x in zip(
+        ("txt", "log_scale", "bias", *Pairs._fields), (txt, log_scale, bias, *pairs), strict=True
+    ):
+        if x is not None and x.device != img.device:
+            raise ValueError(
+                f"need all tensors on img's device, {img.device}; {name} is on {x.device}"
+            )
+
+
+def _check_ids(img: Tensor, txt: Tensor, img_ids: Tensor | None, txt_ids: Tensor | None) -> None:
+    B, M = img.shape[0], txt.shape[0]
+    if (img_ids is None) != (txt_ids is None):
+        raise ValueError("need both img_ids and txt_ids, or neither; got one")
+    if img_ids is None:
+        if B != M:
+            raise ValueError(
+                f"need as many captions as images when ids are not given; got B={B}, M={M};"
+                " pass img_ids and txt_ids: pairs whose ids are equal are positives"
+            )
+        return
+    for name, ids, n in (("img_ids", img_ids, B), ("txt_ids", txt_ids, M)):
+        if ids.shape != (n,) or ids.dtype not in _INTEGERS:
+            got = f"{tuple(ids.shape)} {ids.dtype}"
+            raise ValueError(f"need {name} ({n},) of int32 or int64; got {got}")
+
+
+def _check_weight(name: str, weight: Tensor | None, n: int) -> None:
+    if weight is None:
+        return
+    if weight.shape != (n,) or not weight.dtype.is_floating_point:
+        got = f"{tuple(weight.shape)} {weight.dtype}"
+        raise ValueError(f"need {name} ({n},) of a floating-point dtype; got {got}")
+    if weight.requires_grad:
+        raise ValueError(f"{name} gets no gradient, but it requires one; pass {name}.detach()")

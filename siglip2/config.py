@@ -1,0 +1,115 @@
+"""Every knob of a run, typed and frozen: a field has one reader, a unit and a source.
+
+A preset is a function that returns a `Config` (siglip2/recipe/presets.py); the command line overrides
+single fields of it (`siglip2 train --config quickstart --optim.lr 1e-3`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["fp32", "bf16"]
+Pool = Literal["last", "map"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which towers, and where their weights come from."""
+
+    name: str = "siglip2-base-patch16-256"  # see siglip2.list_models()
+    pretrained: str | None = None  # path or hub id; None starts from random weights
+    text_length: int = 64  # tokens; released towers have 64 positions
+    text_pool: Pool = "last"  # "last" as released, "map" as the paper says (section 2.1)
+    vocab_size: int | None = None  # None: the tokenizer's
+    init_temperature: float = 10.0  # exp(log_scale) at the start (SigLIP, section 3.2)
+    init_bias: float = -10.0  # logit bias at the start (SigLIP, section 3.2)
+    grad_checkpointing: bool = False  # recompute each block in the backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """The default data set, built from pip packages: emoji and flags named in 14 languages."""
+
+    concepts: int | None = 512  # concepts to train on; None takes all (about 1,700), for a GPU
+    held_out_fraction: float = 0.1  # of the concepts, by family, kept for evaluation
+    held_out_styles: tuple[str, ...] = ()  # "twemoji", "openmoji": never trained on, reported apart
+    held_out_languages: tuple[str, ...] = ()  # such as ("ko", "tr"): never trained on, reported apart
+    image_px: int = 72  # side of the stored pictures
+    cldr_dir: str | None = None  # folder with the npm CLDR packages: names in 100 languages
+    cache_dir: str | None = None  # None: $XDG_CACHE_HOME/siglip2 or ~/.cache/siglip2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images and captions come from, and how they become a batch."""
+
+    train: str = "quickstart:train"  # tars 'x-{000..007}.tar', folder, .csv, .jsonl, hf:NAME
+    val: str | dict[str, str] | None = None  # one source, or name -> source
+    tokenizer: str | None = None  # tokenizer.json, .model or hub id; None: the data set's own
+    captions_per_image: int = 1  # captions drawn (without replacement) for each image of a batch
+    max_num_patches: int = 256  # NaFlex: most patches an image may have
+    train_num_samples: int | None = None  # samples in one epoch of streamed shards; None: all
+    resampled: bool = False  # draw shards with replacement (more readers than shards)
+    shuffle_buffer: int = 10_000  # encoded examples held for shuffling, per reader
+    workers: int = 4  # reader processes; 0 reads in the training process
+    cache_images: bool = False  # keep prepared images in memory (small data sets)
+    max_image_pixels: int = 100_000_000  # larger images are skipped before decoding
+    image_column: str = "image"  # csv, jsonl and HF data sets
+    caption_column: str = "caption"  # text, or a dictionary of language to text
+    quickstart: QuickstartConfig = field(default_factory=QuickstartConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with the published meaning of weight decay (SigLIP 2, section 2.1)."""
+
+    lr: float = 1e-3  # peak
+    beta1: float = 0.9  # not published
+    beta2: float = 0.95  # SigLIP, section 4.7: 0.999 is unstable at large batches
+    eps: float = 1e-8  # not published
+    weight_decay: float = 0.1  # torch's AdamW multiplies it by lr: the published 1e-4 at lr 1e-3
+    grad_clip_norm: float = 1.0  # global norm
+    warmup_examples: int = 655_360_000  # 20,000 steps of 32,768
+    min_lr_fraction: float = 0.0  # of the peak, at the end of the cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how long, how large, where to."""
+
+    output_dir: str = "runs/siglip2"
+    examples: int = 40_000_000_000  # images seen in the whole run (SigLIP 2, section 2.1)
+    batch_size: int = 256  # images a device and step
+    seed: int = 0
+    precision: Precision = "bf16"  # of activations; weights and optimiser state stay float32
+    parallel: Literal["ddp", "fsdp2"] = "ddp"  # over the ranks that torchrun starts
+    compile: bool = False  # torch.compile the encoders
+    threads: int | None = None  # CPU threads; None leaves torch's choice
+    resume: str = "auto"  # "auto": continue output_dir if it holds a checkpoint; "never"; or a path
+    overwrite: bool = False  # delete what output_dir holds
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    eval_every_steps: int = 0  # 0: at the end only
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    check_shapes: bool = True  # ranks compare shapes before the first step
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Zero-shot classification and retrieval."""
+
+    batch_size: int = 256
+    max_images: int | None = None  # None: all
+    chunk_size: int = 4096  # rows of the similarity matrix held at a time
+    classes: str | None = None  # JSON file: {"classes": [...], "templates": [...]}
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)

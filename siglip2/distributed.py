@@ -1,0 +1,66 @@
+"""Rows that cross ranks: uneven all-gather with its gradient, over torch.distributed."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gather_sizes(num: int, device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
+    """How many rows each rank of the group holds."""
+    local = torch.tensor([num], device=device)
+    sizes = torch.empty(dist.get_world_size(group), dtype=local.dtype, device=device)
+    dist.all_gather_into_tensor(sizes, local, group=group)
+    return sizes.tolist()
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sizes, group):
+        ctx.sizes, ctx.group = sizes, group
+        longest = max(sizes)
+        padded = F.pad(x, (0, 0) * (x.ndim - 1) + (0, longest - x.shape[0])).contiguous()
+        out = x.new_empty(len(sizes) * longest, *x.shape[1:])
+        dist.all_gather_into_tensor(out, padded, group=group)
+        return torch.cat([block[:n] for block, n in zip(out.split(longest), sizes, strict=True)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        # float32 on the wire: a sum over many ranks in bf16 loses what the kernel kept.
+        longest = max(ctx.sizes)
+        tail = (0, 0) * (dout.ndim - 1)
+        blocks = [F.pad(b, (*tail, 0, longest - b.shape[0])) for b in dout.float().split(ctx.sizes)]
+        rank = dist.get_rank(ctx.group)
+        dx = dout.new_empty(longest, *dout.shape[1:], dtype=torch.float32)
+        dist.reduce_scatter_tensor(dx, torch.cat(blocks), group=ctx.group)
+        return dx[: ctx.sizes[rank]].to(dout.dtype), None, None
+
+
+def gather_rows(
+    x: Tensor,  # (n, ...) n may differ between ranks
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:  # (sum of n, ...)
+    """All ranks' rows in rank order. The gradient is the sum over ranks of what each sends back."""
+    sizes = gather_sizes(x.shape[0], x.device, group)
+    if max(sizes) == 0:
+        return x
+    return _GatherRows.apply(x, sizes, group)
+
+
+def check_same(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Compare a shape and dtype over all ranks with one small collective.
+
+    Raises ValueError on every rank when they differ, where later collectives would hang or mix rows.
+    """
+    mine = torch.tensor([len(shape), *shape, *(-1,) * (7 - len(shape)), _code(dtype)], device=device)
+    all_ranks = torch.empty(dist.get_world_size() * len(mine), dtype=mine.dtype, device=device)
+    dist.all_gather_into_tensor(all_ranks, mine)
+    rows = all_ranks.view(-1, len(mine))
+    if bool((rows != rows[0]).any()):
+        found = sorted({tuple(row[1 : 1 + row[0]].tolist()) for row in rows.cpu()})
+        raise ValueError(f"ranks disagree on {what}: need one shape and dtype, got shapes {found}")
+
+
+def _code(dtype: torch.dtype) -> int:
+    return sum(ord(c) << (i % 8) for i, c in enumerate(str(dtype)))

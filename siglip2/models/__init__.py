@@ -1,0 +1,1 @@
+"""Towers on packed sequences, presets, and weights in four formats."""

@@ -1,0 +1,123 @@
+"""Image batches of every dialect -> packed patches. The one place where padded layouts are known.
+
+Host copies of sizes are made here, once a batch; nothing below this boundary waits for the device.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.types import PackedImages
+from .presets import VisionConfig
+from .sequences import Sequences, ragged, uniform
+
+Images = Tensor | PackedImages | Mapping[str, Tensor]
+
+TIMM_KEYS = ("patches", "patch_coord", "patch_valid")
+HF_KEYS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+
+
+class VisionInputs(NamedTuple):
+    patches: Tensor  # (T, P*P*C) float in [-1, 1]
+    grids: tuple[tuple[int, int], ...]
+    seqs: Sequences
+
+
+def patchify(
+    image: Tensor,  # (B, C, H, W)
+    patch_size: int,
+) -> Tensor:  # (B, h, w, P*P*C)
+    """Cut whole patches, row-major; inside a patch (y, x, channel). A remainder of pixels is cropped."""
+    B, C, H, W = image.shape
+    P = patch_size
+    h, w = H // P, W // P
+    image = image[:, :, : h * P, : w * P]
+    return image.reshape(B, C, h, P, w, P).permute(0, 2, 4, 3, 5, 1).reshape(B, h, w, P * P * C)
+
+
+def vision_inputs(
+    image: Images, config: VisionConfig, device: torch.device, dtype: torch.dtype
+) -> VisionInputs:
+    """Packed patches of a batch, on `device`, in `dtype`.
+
+    Takes an image tensor (B, 3, H, W) in [-1, 1], `PackedImages`, timm's dictionary (`patches, patch_coord,
+    patch_valid`) or transformers' (`pixel_values, pixel_attention_mask, spatial_shapes`).
+    Raises ValueError for any other shape or key.
+    """
+    if isinstance(image, Tensor):
+        patches, grids = _from_tensor(image, config)
+    elif isinstance(image, PackedImages):
+        patches, grids = image.patches, tuple((h, w) for h, w in image.grid_hw.tolist())
+    elif isinstance(image, Mapping) and all(key in image for key in TIMM_KEYS):
+        patches, grids = _from_timm(*(image[key] for key in TIMM_KEYS))
+    elif isinstance(image, Mapping) and all(key in image for key in HF_KEYS):
+        patches, grids = _from_hf(*(image[key] for key in HF_KEYS))
+    else:
+        got = sorted(image) if isinstance(image, Mapping) else type(image).__name__
+        raise ValueError(
+            f"need an image tensor (B, 3, H, W), PackedImages, or a dictionary with {TIMM_KEYS} or {HF_KEYS};"
+            f" got {got}"
+        )
+    _check(patches, grids, config)
+    patches = patches.to(device)
+    # uint8 means x / 127.5 - 1, as the collator leaves it
+    patches = patches.to(dtype) if patches.is_floating_point() else patches.to(dtype) / 127.5 - 1
+    lengths = [h * w for h, w in grids]
+    if isinstance(image, Tensor):
+        return VisionInputs(patches, grids, uniform(len(grids), config.grid_size**2, device))
+    return VisionInputs(patches, grids, ragged(lengths, device))
+
+
+def _from_tensor(image: Tensor, config: VisionConfig) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    side = config.image_size
+    grid = config.grid_size
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(f"need images (B, 3, H, W); got {tuple(image.shape)}")
+    if any(size // config.patch_size != grid for size in image.shape[2:]):
+        raise ValueError(
+            f"need images (B, 3, {side}, {side}); got {tuple(image.shape)}. Resize them with the model's own"
+            " transform, or pass PackedImages to use other sizes"
+        )
+    if not image.is_floating_point():
+        raise ValueError(f"need float images in [-1, 1]; got {image.dtype}. Use x / 127.5 - 1")
+    patches = patchify(image, config.patch_size).flatten(0, 2)
+    return patches, ((grid, grid),) * image.shape[0]
+
+
+def _from_timm(
+    patches: Tensor,  # (B, N, P*P*C)
+    coord: Tensor,  # (B, N, 2) (y, x)
+    valid: Tensor,  # (B, N) bool
+) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    valid = valid.bool()
+    sizes = (coord * valid[..., None]).amax(1) + 1 if coord.shape[1] else coord.new_zeros(len(coord), 2)
+    grids = tuple((h, w) for h, w in sizes.tolist())
+    order = coord[..., 0] * sizes[:, 1:] + coord[..., 1]
+    expected = torch.arange(coord.shape[1], device=coord.device).expand_as(order)
+    if not bool(((order == expected) | ~valid).all()):
+        raise ValueError(
+            "need every patch of each image, row by row, before its padding; got patch_coord in another order or"
+            " with gaps"
+        )
+    return patches[valid], grids
+
+
+def _from_hf(
+    pixel_values: Tensor,  # (B, N, P*P*C)
+    mask: Tensor,  # (B, N)
+    spatial_shapes: Tensor,  # (B, 2)
+) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    return pixel_values[mask.bool()], tuple((h, w) for h, w in spatial_shapes.tolist())
+
+
+def _check(patches: Tensor, grids: tuple[tuple[int, int], ...], config: VisionConfig) -> None:
+    width = 3 * config.patch_size**2
+    tokens = sum(h * w for h, w in grids)
+    if patches.ndim != 2 or patches.shape[1] != width:
+        raise ValueError(
+            f"need patches (T, {width}) for patch size {config.patch_size}; got {tuple(patches.shape)}"
+        )
+    if patches.shape[0] != tokens:
+        raise ValueError(f"need {tokens} patches for grids {grids[:4]}...; got {patches.shape[0]}")

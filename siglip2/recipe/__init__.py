@@ -1,0 +1,1 @@
+"""What to train, in what order: presets and schedules."""

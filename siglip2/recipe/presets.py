@@ -1,0 +1,67 @@
+"""Named runs: each is a function that returns a whole `Config`."""
+
+import difflib
+from collections.abc import Callable
+
+from ..config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from ..errors import ConfigError
+
+
+def quickstart() -> Config:
+    """From scratch on the embedded data, minutes on two CPU cores."""
+    return Config(
+        model=ModelConfig(
+            name="siglip2-quickstart-patch8-32",
+            text_length=16,  # 64 costs 3.1 times a step; the captions have at most a few words
+            init_bias=-5.5,  # near -log(batch): the loss starts with few gradients from negatives
+        ),
+        data=DataConfig(
+            train="quickstart:train",
+            val={"seen": "quickstart:train", "held_out": "quickstart:heldout"},
+            captions_per_image=2,
+            workers=0,
+            cache_images=True,
+        ),
+        optim=OptimConfig(warmup_examples=25_600),
+        train=TrainConfig(
+            output_dir="runs/quickstart",
+            examples=300_000,
+            batch_size=256,
+            precision="fp32",
+            checkpoint_every_steps=200,
+        ),
+    )
+
+
+def finetune() -> Config:
+    """A released checkpoint on your own captions: the curation stage's learning rate, no weight decay."""
+    return Config(
+        model=ModelConfig(pretrained="google/siglip2-base-patch16-256", grad_checkpointing=True),
+        data=DataConfig(train="data/train.csv", val="data/val.csv"),
+        optim=OptimConfig(lr=1e-5, weight_decay=0.0, warmup_examples=51_200),  # SigLIP 2, section 2.5
+        train=TrainConfig(output_dir="runs/finetune", examples=1_000_000, batch_size=256),
+    )
+
+
+def b16_256() -> Config:
+    """The published stage A for B/16 at 256 pixels; the paper's batch is 32k over all devices."""
+    return Config(
+        data=DataConfig(train="data/train-{00000..99999}.tar", resampled=True),
+        train=TrainConfig(output_dir="runs/b16-256", batch_size=512, compile=True),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "quickstart": quickstart,
+    "finetune": finetune,
+    "b16-256": b16_256,
+}
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`.  Raises ConfigError naming near matches."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"presets: {', '.join(PRESETS)}"
+        raise ConfigError(f"need a preset's name or a YAML file; got {name!r}; {hint}")
+    return PRESETS[name]()

@@ -1,0 +1,33 @@
+"""AdamW over the parameters that the published recipe decays, and those that it does not."""
+
+import torch
+from torch import nn
+
+from ..config import OptimConfig
+from ..models.layers import Linear
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weights of linear layers decay; embeddings, positions, probes, norms, biases and scalars do not.
+
+    This is big_vision's `.*/kernel$` (SigLIP 2, section 2.1).
+    """
+    decayed = {
+        id(module.weight): module.weight for module in model.modules() if isinstance(module, Linear)
+    }
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in decayed]
+    kernels = [p for p in decayed.values() if p.requires_grad]
+    return [
+        {"params": kernels, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; each group keeps its peak rate under "peak_lr"."""
+    groups = parameter_groups(model, config.weight_decay)
+    for group in groups:
+        group["peak_lr"] = config.lr
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )

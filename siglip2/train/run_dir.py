@@ -1,0 +1,130 @@
+"""The folder of a run: what it holds, whether it may be continued, and files that are never half written."""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..config import Config
+from ..errors import ConfigError
+from .checkpoint import checkpoints
+
+# A resumed run may change these: they do not alter what is computed.
+FREE_TO_CHANGE = (
+    "train.output_dir train.resume train.overwrite train.log_every_steps train.checkpoint_every_steps"
+    " train.keep_checkpoints train.eval_every_steps train.report_to train.threads train.parallel"
+    " train.on_nonfinite train.check_shapes data.val data.cache_images"
+).split()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted keys. A dictionary of sources is one value."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name != "data.val":
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def to_yaml(config: Config) -> str:
+    import yaml
+
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def open_run(config: Config) -> Path | None:
+    """Make the run's folder ready; return the checkpoint to continue from, if any.
+
+    Raises ConfigError when the folder holds something else, or a run with other settings.
+    """
+    folder = Path(config.train.output_dir)
+    if config.train.overwrite and folder.exists():
+        if not (folder / "config.yaml").is_file() and any(folder.iterdir()):
+            raise ConfigError(f"train.overwrite: {folder} is no run's folder, so it is left alone")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    resume = config.train.resume
+    if resume not in ("auto", "never"):
+        return _explicit(Path(resume))
+    found = checkpoints(folder / "checkpoints")
+    if resume == "never" and (found or (folder / "config.yaml").exists()):
+        raise ConfigError(
+            f"{folder} already holds a run: pass train.resume=auto to continue it,"
+            " train.overwrite=true to delete it, or another train.output_dir"
+        )
+    if (folder / "config.yaml").exists():
+        _check_same(folder / "config.yaml", config)
+    elif any(p.name != "log.txt" for p in folder.iterdir()):
+        raise ConfigError(
+            f"train.output_dir {folder} is not empty and holds no run: choose another folder"
+        )
+    return found[-1] if found else None
+
+
+def record(config: Config) -> None:
+    """Write config.yaml (re-runnable) and env.json."""
+    folder = Path(config.train.output_dir)
+    write_atomic(folder / "config.yaml", to_yaml(config))
+    write_atomic(folder / "env.json", json.dumps(environment(), indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware a result should be read with."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "siglip2": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def _explicit(path: Path) -> Path:
+    if (path / "meta.json").is_file():
+        return path
+    found = checkpoints(path / "checkpoints") or checkpoints(path)
+    if not found:
+        raise ConfigError(
+            f"train.resume: need 'auto', 'never', a checkpoint or a run's folder; {path} has no checkpoint"
+        )
+    return found[-1]
+
+
+def _check_same(path: Path, config: Config) -> None:
+    import yaml
+
+    old = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    new = flatten(yaml.safe_load(to_yaml(config)))
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+        and key not in FREE_TO_CHANGE
+        and not key.startswith("eval.")
+    ]
+    if changed:
+        raise ConfigError(
+            f"{path.parent} holds a run with other settings ({'; '.join(changed[:5])}): use the same to continue it,"
+            " train.overwrite=true to start again, or another train.output_dir"
+        )
