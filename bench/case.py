@@ -23,9 +23,10 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """One implementation. `build` imports and compiles, so nothing is loaded before it is asked for.
+    """One implementation. `build` imports and compiles: nothing is loaded before it is asked for.
 
-    `build` and the function it returns may raise NotImplementedError: the rival is then skipped with that reason.
+    `build` and the function it returns may raise NotImplementedError: the rival is then skipped
+    with that reason.
     """
 
     build: Callable[[], Callable[..., Tensor]]
@@ -77,6 +78,6 @@ def upstream(out: Tensor) -> Tensor | None:
     if out.ndim == 0:
         return None
     generator = torch.Generator(device=out.device).manual_seed(1)
-    return torch.randn(
-        out.shape, generator=generator, device=out.device, dtype=torch.float32
-    ).to(out.dtype)
+    return torch.randn(out.shape, generator=generator, device=out.device, dtype=torch.float32).to(
+        out.dtype
+    )

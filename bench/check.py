@@ -1,7 +1,8 @@
 """Right before fast: a rival's value and gradients against the specification in float64.
 
-The measure is the relative L2 error of each tensor.  Its unit is what the baseline (eager PyTorch in the same dtype)
-errs, plus one rounding of the dtype: a rival passes at no more than `MAX_ERROR` units.
+The measure is the relative L2 error of each tensor.  Its unit is what the baseline (eager PyTorch
+in the same dtype) errs, plus one rounding of the dtype: a rival passes at no more than `MAX_ERROR`
+units.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ class Checker:
     def __init__(self, case: Case, *, dtype: torch.dtype, device: str) -> None:
         self._inputs = make_inputs(case, case.check_shapes[device], dtype=dtype, device=device)
         self._gold = value_and_grads(case.reference, [_to_double(t) for t in self._inputs])
-        rounding = torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps
+        rounding = torch.finfo(dtype).eps / 2 + 16 * torch.finfo(torch.float32).eps
         baseline = case.rivals[case.baseline].build()
         self._units = [error + rounding for error in self._errors(baseline)]
 

@@ -1,4 +1,4 @@
-"""Where numbers were measured: device, clocks, versions, commit, and what the device could do at best."""
+"""Where numbers were measured: device, clocks, versions, commit, and the device's best rates."""
 
 import hashlib
 import os
@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -96,8 +97,9 @@ def peak_of(name: str) -> Peak | None:
     return next((peak for pattern, peak in PEAKS if re.search(pattern, name)), None)
 
 
+@cache
 def git_commit() -> str:
-    """Short commit of the checkout, '+' appended when files differ from it; '' outside a checkout."""
+    """Short commit of the checkout, with '+' when files differ from it; '' outside a checkout."""
     if not (ROOT / ".git").exists():
         return ""
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")

@@ -80,7 +80,7 @@ def write_json(path: Path, result: Result) -> None:
     merged = {**asdict(result), "rows": [asdict(row) for row in rows.values()]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(merged, indent=1, allow_nan=True) + "\n")
+    partial.write_text(json.dumps(merged, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
 
 

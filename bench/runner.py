@@ -1,10 +1,12 @@
 """Runs one case: who can run, who is right, and then how long each takes."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,11 @@ from .timing import Call, Prepare, Samples, quantiles, time_rivals
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Fn = Callable[..., Tensor]
+
+
+class Verdicts(NamedTuple):
+    errors: dict[str, float]  # rivals that may be timed -> error, in units of bench/check.py
+    refused: dict[str, dict[str, Any]]  # the others -> status and detail of their rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +43,22 @@ class Request:
     say: Callable[[str], None] = field(default=lambda text: None)
 
 
-def run_case(request: Request) -> Result:
-    """Rows in the order shape, mode, rival. Rivals that are absent, wrong or fail give rows without times."""
-    errors, refused = check_rivals(request)
+def run_case(request: Request, verdicts: Verdicts | None = None) -> Result:
+    """Rows by shape, mode, rival; a rival that is absent, wrong or fails has rows without times.
+
+    Args:
+        verdicts: `check_rivals` of the same case, dtype and providers, where it ran before.
+    """
+    errors, refused = verdicts or check_rivals(request)
+    order = [*request.case.rivals]
     rows: list[Row] = []
     for shape in request.shapes:
+        prepares = _prepares(request, shape, [*errors])
         for mode in request.modes:
-            samples = _time(request, shape, mode, [*errors]) if errors else {}
+            samples = _time(request, shape, mode, {n: p(mode) for n, p in prepares.items()})
             new = [_row(request, shape, mode, n, errors[n], s) for n, s in samples.items()]
             new += [_template(request, shape, mode, name, **why) for name, why in refused.items()]
+            new.sort(key=lambda row: order.index(row.provider))
             rows += _with_speedups(new, request.case.baseline)
     case = request.case
     return Result(
@@ -58,8 +72,8 @@ def run_case(request: Request) -> Result:
     )
 
 
-def check_rivals(request: Request) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """Errors of the rivals that are right, and why each other rival is not timed."""
+def check_rivals(request: Request) -> Verdicts:
+    """Values and gradients of each rival against the specification in float64."""
     case, device = request.case, request.machine.device
     errors: dict[str, float] = {}
     refused: dict[str, dict[str, Any]] = {}
@@ -79,12 +93,13 @@ def check_rivals(request: Request) -> tuple[dict[str, float], dict[str, dict[str
         if error <= MAX_ERROR:
             errors[name] = error
         else:
-            refused[name] = {"status": "wrong", "detail": f"error {error:.3g}x", "error": error}
-    return errors, refused
+            known = error if math.isfinite(error) else None
+            refused[name] = {"status": "wrong", "detail": f"error {error:.3g}x", "error": known}
+    return Verdicts(errors, refused)
 
 
 def call_of(fn: Fn, inputs: Sequence[Any], mode: Mode) -> Prepare:
-    """`forward` as in evaluation, without gradients; `backward` alone; `full` is a training step's share."""
+    """`forward` is without gradients, as in evaluation; `full` is forward and backward."""
 
     @contextmanager
     def prepare() -> Iterator[Call]:
@@ -104,17 +119,25 @@ def call_of(fn: Fn, inputs: Sequence[Any], mode: Mode) -> Prepare:
     return prepare
 
 
-def _time(
-    request: Request, shape: Shape, mode: Mode, names: Sequence[str]
-) -> Mapping[str, Samples]:
-    device = request.machine.device
-    inputs = make_inputs(request.case, shape, dtype=DTYPES[request.dtype], device=device)
+def _prepares(
+    request: Request, shape: Shape, names: Sequence[str]
+) -> dict[str, Callable[[Mode], Prepare]]:
+    """The rivals, freshly built, over the inputs of one shape."""
+    dtype, device = DTYPES[request.dtype], request.machine.device
+    inputs = make_inputs(request.case, shape, dtype=dtype, device=device)
     # Without this, torch.compile turns to dynamic shapes or gives up after some recompilations.
     torch.compiler.reset()
-    where = " ".join(f"{k}={v}" for k, v in shape.items())
+    rivals = request.case.rivals
+    return {name: partial(call_of, rivals[name].build(), inputs) for name in names}
+
+
+def _time(
+    request: Request, shape: Shape, mode: Mode, prepares: Mapping[str, Prepare]
+) -> dict[str, Samples]:
+    where = " ".join(f"{name}={size}" for name, size in shape.items())
     return time_rivals(
-        {name: call_of(request.case.rivals[name].build(), inputs, mode) for name in names},
-        device=device,
+        prepares,
+        device=request.machine.device,
         reps=request.reps,
         with_memory="memory" in request.metrics,
         say=lambda text: request.say(f"{request.op} {where} {mode}, {text}"),

@@ -20,7 +20,9 @@ MAX_REPS, MIN_REPS = 100, 10
 SECONDS_PER_RIVAL = 1.0
 
 Call = Callable[[], object]
-Prepare = Callable[[], AbstractContextManager[Call]]  # sets up what the timed call needs, frees it after
+Prepare = Callable[
+    [], AbstractContextManager[Call]
+]  # sets up what the timed call needs, frees it after
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def cpu_times(call: Call, reps: int) -> list[float]:
 
 
 def cuda_times(call: Call, reps: int, *, lead_cycles: int) -> list[float]:
-    """`lead_cycles`: how long the GPU is kept busy before a call, so the host is done enqueuing it."""
+    """`lead_cycles`: how long the GPU is kept busy before a call, while the host enqueues it."""
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(reps)] for _ in range(2))
     for start, end in zip(starts, ends, strict=True):
@@ -92,7 +94,7 @@ def time_rivals(
     with_memory: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Samples]:
-    """Each round times each rival for a share of the repetitions, so drift of clocks hits all alike.
+    """Each round times each rival for a share of the calls, so drift of clocks hits all alike.
 
     An exception ends only the rival that raised it and is kept in its samples.
     """

@@ -32,7 +32,9 @@ class QuickstartConfig:
     concepts: int | None = 512  # concepts to train on; None takes all (about 1,700), for a GPU
     held_out_fraction: float = 0.1  # of the concepts, by family, kept for evaluation
     held_out_styles: tuple[str, ...] = ()  # "twemoji", "openmoji": never trained on, reported apart
-    held_out_languages: tuple[str, ...] = ()  # such as ("ko", "tr"): never trained on, reported apart
+    held_out_languages: tuple[
+        str, ...
+    ] = ()  # such as ("ko", "tr"): never trained on, reported apart
     image_px: int = 72  # side of the stored pictures
     cldr_dir: str | None = None  # folder with the npm CLDR packages: names in 100 languages
     cache_dir: str | None = None  # None: $XDG_CACHE_HOME/siglip2 or ~/.cache/siglip2

@@ -53,7 +53,9 @@ def check_same(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: to
 
     Raises ValueError on every rank when they differ, where later collectives would hang or mix rows.
     """
-    mine = torch.tensor([len(shape), *shape, *(-1,) * (7 - len(shape)), _code(dtype)], device=device)
+    mine = torch.tensor(
+        [len(shape), *shape, *(-1,) * (7 - len(shape)), _code(dtype)], device=device
+    )
     all_ranks = torch.empty(dist.get_world_size() * len(mine), dtype=mine.dtype, device=device)
     dist.all_gather_into_tensor(all_ranks, mine)
     rows = all_ranks.view(-1, len(mine))

@@ -44,7 +44,9 @@ class SigLipLoss(nn.Module):
     ):
         super().__init__()
         if dist_impl in OPEN_CLIP_IMPLS:
-            log.info("dist_impl=%r: using 'gather', which gives the same loss and gradients", dist_impl)
+            log.info(
+                "dist_impl=%r: using 'gather', which gives the same loss and gradients", dist_impl
+            )
         elif dist_impl not in (None, "gather"):
             raise NotImplementedError(
                 f"need dist_impl 'gather' (or open_clip's {', '.join(OPEN_CLIP_IMPLS)}); got {dist_impl!r}"

@@ -27,14 +27,24 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# The largest tiles whose epilogue stays in registers (compile reports, not timings).
-HALF = Config(BB=128, BM=128, BD=64, num_warps=8, num_stages=3)
+# The largest tiles whose epilogue stays in registers, as compile reports say (not yet timed).
+# Hopper and data-centre Blackwell: 128 x 256 spills 640 bytes a thread there.
+WIDE = Config(BB=128, BM=128, BD=64, num_warps=8, num_stages=3)
+# Ampere, Ada, consumer Blackwell: their products hold operands in registers; WIDE spills 24 bytes.
+NARROW = Config(BB=128, BM=64, BD=64, num_warps=4, num_stages=3)
+# Float32 products without TF32 run on the ordinary cores.
 FLOAT32 = Config(BB=64, BM=64, BD=32, num_warps=4, num_stages=2)
 GROUP = 8  # tiles of rows that share their columns while those are in L2
 
 
-def config(dtype: torch.dtype) -> Config:
-    return FLOAT32 if dtype is torch.float32 else HALF
+def config(dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+    if dtype is torch.float32:
+        return FLOAT32
+    return WIDE if capability[0] in (9, 10) else NARROW
+
+
+def _config_for(x: Tensor) -> Config:
+    return config(x.dtype, torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0))
 
 
 @triton.jit
@@ -225,7 +235,7 @@ def _launch(
     columns: Tensor | None = None,  # (row tiles, M)
 ) -> None:
     (B, D), M = img.shape, txt.shape[0]
-    tile = config(img.dtype)
+    tile = _config_for(img)
     _tile_kernel[(triton.cdiv(B, tile.BB) * triton.cdiv(M, tile.BM),)](
         img,
         txt,
@@ -273,7 +283,7 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (3,), (B, D) or (0, D), (M, D) or (0, D)
     """Sums of loss, G * raw and G over all pairs, then G @ txt and G.T @ img, all float32."""
     (B, D), M = img.shape, txt.shape[0]
-    tile = config(img.dtype)
+    tile = _config_for(img)
     log_scale, bias = log_scale.float(), bias.float()
     dimg = img.new_empty((B if needs_dimg else 0, D), dtype=torch.float32)
     dtxt = txt.new_zeros((M if needs_dtxt else 0, D), dtype=torch.float32)
@@ -309,7 +319,7 @@ def sums(
 ) -> tuple[Tensor, Tensor]:  # (B,), (M,) float32
     """The weighted losses summed over each row and each column."""
     B, M = img.shape[0], txt.shape[0]
-    tile = config(img.dtype)
+    tile = _config_for(img)
     log_scale, bias = log_scale.float(), bias.float()
     rows = img.new_empty(B, dtype=torch.float32)
     columns = txt.new_zeros(M, dtype=torch.float32)

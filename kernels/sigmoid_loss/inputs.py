@@ -16,8 +16,11 @@ class Pairs(NamedTuple):
     img_weight: Tensor | None  # (B,)
     txt_weight: Tensor | None  # (M,)
 
-    def to_unit_weights(self, img: Tensor) -> tuple["Pairs", Tensor]:  # ()
-        """Weights over their maxima, and the maxima's product: G stays in float16's range."""
+    def with_unit_weights(self, img: Tensor) -> tuple["Pairs", Tensor]:  # ()
+        """Weights over their maxima, and the maxima's product: G stays in float16's range.
+
+        Ids and weights come out contiguous.
+        """
         acc = torch.promote_types(img.dtype, torch.float32)
         factor = torch.ones((), dtype=acc, device=img.device)
         weights = []
@@ -26,9 +29,10 @@ class Pairs(NamedTuple):
                 weight = weight.to(acc)
                 most = weight.abs().amax()
                 factor = factor * most
-                weight = torch.where(most > 0, weight / most, 0.0)
+                weight = torch.where(most > 0, weight / most, 0.0).contiguous()
             weights.append(weight)
-        return Pairs(self.img_ids, self.txt_ids, *weights), factor
+        ids = (None if x is None else x.contiguous() for x in (self.img_ids, self.txt_ids))
+        return Pairs(*ids, *weights), factor
 
 
 def check(img: Tensor, txt: Tensor, log_scale: Tensor, bias: Tensor, pairs: Pairs) -> None:

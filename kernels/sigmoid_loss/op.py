@@ -151,7 +151,7 @@ def sigmoid_loss(
             return reference.sigmoid_loss(
                 img, txt, log_scale, bias, reduction=reduction, **pairs._asdict()
             )
-    pairs, factor = pairs.to_unit_weights(img)
+    pairs, factor = pairs.with_unit_weights(img)
     if reduction == "mean":
         factor = factor / img.shape[0]
     grad = torch.is_grad_enabled()
@@ -193,6 +193,6 @@ def pairwise_sigmoid_loss_sums(
                 img, txt, log_scale, bias, **pairs._asdict()
             )
         return LossSums(*sums)
-    pairs, factor = pairs.to_unit_weights(img)
+    pairs, factor = pairs.with_unit_weights(img)
     rows, columns = _sums(img, txt, log_scale, bias, *pairs, name)
     return LossSums(rows * factor, columns * factor)

@@ -30,10 +30,15 @@ class Concept:
     names: Mapping[str, str]  # language -> name
     extra_names: Mapping[str, str]  # of flags only, in languages that name nothing else
     family: str  # concepts of one family are never split between training and evaluation
+    group: str  # concepts drawn alike (the flags of Norway and Svalbard) are one group
 
     @property
     def codepoints(self) -> str:
-        return "-".join(f"{ord(char):x}" for char in self.emoji)
+        return codepoints(self.emoji)
+
+
+def codepoints(emoji: str) -> str:
+    return "-".join(f"{ord(char):x}" for char in emoji)
 
 
 def is_flag(emoji: str) -> bool:
@@ -154,10 +159,12 @@ def all_concepts(pictures: Mapping[str, bytes], cldr_dir: str | None = None) -> 
         named = {e: {**wider[e], **names} for e, names in named.items()}
     countries = country_names()
     family = families({e: names["en"] for e, names in named.items()}, pictures)
+    first_drawn: dict[bytes, str] = {}
     concepts = []
     for emoji, names in named.items():
         extra = {k: v for k, v in countries.get(emoji, {}).items() if k not in names}
-        concepts.append(Concept(emoji, names, extra, family[emoji]))
+        group = first_drawn.setdefault(pictures[emoji], codepoints(emoji))
+        concepts.append(Concept(emoji, names, extra, family[emoji], group))
     return concepts
 
 

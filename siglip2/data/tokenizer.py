@@ -1,5 +1,6 @@
 """Captions to ids as SigLIP 2 was trained: lower-cased, no BOS, one EOS, padded on the right with 0."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -213,6 +214,8 @@ def check_tokenizer(tokenizer: Callable[[list[str]], Any], text_length: int = 64
 
 
 def _from_hub(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith((".json", ".model")):
+        raise TextError(f"no tokenizer file {name!r}: need a tokenizer.json, .model or a folder")
     hub = require("huggingface_hub", "hub")
     try:
         return Path(hub.hf_hub_download(name, "tokenizer.json"))

@@ -36,7 +36,12 @@ def train_tokenizer(
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE)
     tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace(replacement=_SPACE)]
+        [
+            decoders.Replace(_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(_BYTES),
@@ -45,7 +50,7 @@ def train_tokenizer(
         show_progress=False,
     )
     # Sorted: the trainer breaks ties by the order in which it first meets a word.
-    tokenizer.train_from_iterable(sorted(captions), trainer)
+    tokenizer.train_from_iterator(sorted(captions), trainer)
     state = json.loads(tokenizer.to_str())
     state["model"] = _with_bytes(state["model"])
     trained = tokenizers.Tokenizer.from_str(json.dumps(state))

@@ -172,7 +172,13 @@ def retrieval_recall(
     Exact, float32, O(chunk_size * max(N, M)) memory. Raises ValueError for embeddings that are not finite, for
     lengths that disagree and for a query without a positive.
     """
-    if img.ndim != 2 or txt.ndim != 2 or img.shape[1] != txt.shape[1] or not len(img) or not len(txt):
+    if (
+        img.ndim != 2
+        or txt.ndim != 2
+        or img.shape[1] != txt.shape[1]
+        or not len(img)
+        or not len(txt)
+    ):
         raise ValueError(
             f"need img (N, D), txt (M, D), none empty; got {tuple(img.shape)}, {tuple(txt.shape)}"
         )

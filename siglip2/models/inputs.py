@@ -92,7 +92,9 @@ def _from_timm(
     valid: Tensor,  # (B, N) bool
 ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
     valid = valid.bool()
-    sizes = (coord * valid[..., None]).amax(1) + 1 if coord.shape[1] else coord.new_zeros(len(coord), 2)
+    sizes = (
+        (coord * valid[..., None]).amax(1) + 1 if coord.shape[1] else coord.new_zeros(len(coord), 2)
+    )
     grids = tuple((h, w) for h, w in sizes.tolist())
     order = coord[..., 0] * sizes[:, 1:] + coord[..., 1]
     expected = torch.arange(coord.shape[1], device=coord.device).expand_as(order)

@@ -89,7 +89,10 @@ def _table() -> dict[str, Architecture]:
     table["siglip2-quickstart-patch8-32"] = replace(
         quick, text=replace(quick.text, vocab_size=8192)
     )
-    for name, is_naflex in (("siglip2-tiny-patch8-32", False), ("siglip2-tiny-patch8-naflex", True)):
+    for name, is_naflex in (
+        ("siglip2-tiny-patch8-32", False),
+        ("siglip2-tiny-patch8-naflex", True),
+    ):
         tiny = _pair(_TINY, 8, 32, is_naflex=is_naflex)
         table[name] = replace(tiny, text=replace(tiny.text, vocab_size=512))
     return table

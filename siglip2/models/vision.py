@@ -38,7 +38,11 @@ def resample_posemb(
     if len(resampled) == 1:
         (single,) = resampled.values()
         return single.repeat(len(grids), 1)
-    return torch.cat([resampled[grid] for grid in grids]) if grids else table.new_empty(0, table.shape[-1])
+    return (
+        torch.cat([resampled[grid] for grid in grids])
+        if grids
+        else table.new_empty(0, table.shape[-1])
+    )
 
 
 class VisionTower(nn.Module):

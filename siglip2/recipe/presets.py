@@ -38,7 +38,9 @@ def finetune() -> Config:
     return Config(
         model=ModelConfig(pretrained="google/siglip2-base-patch16-256", grad_checkpointing=True),
         data=DataConfig(train="data/train.csv", val="data/val.csv"),
-        optim=OptimConfig(lr=1e-5, weight_decay=0.0, warmup_examples=51_200),  # SigLIP 2, section 2.5
+        optim=OptimConfig(
+            lr=1e-5, weight_decay=0.0, warmup_examples=51_200
+        ),  # SigLIP 2, section 2.5
         train=TrainConfig(output_dir="runs/finetune", examples=1_000_000, batch_size=256),
     )
 

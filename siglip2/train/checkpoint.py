@@ -37,7 +37,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    keep: int,
 ) -> Path:
     """Write `folder/step_N` and delete all but the last `keep`.
 
@@ -88,7 +93,14 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Prog
     try:
         progress = Progress(**json.loads((path / META).read_text()))
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, dcp.CheckpointException) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        dcp.CheckpointException,
+    ) as error:
         raise CheckpointError(
             f"cannot read checkpoint {path}: {_first_line(error)}. Delete it to resume from the one before,"
             " or pass train.resume=never"

@@ -80,7 +80,9 @@ def console_line(row: dict[str, Any], num_steps: int, eta_s: float) -> str:
         for key in row
         if key.startswith("train/") and key.endswith("_loss")
     )
-    memory = f" | mem {row['mem/max_reserved_gib']:.1f} GiB" if "mem/max_reserved_gib" in row else ""
+    memory = (
+        f" | mem {row['mem/max_reserved_gib']:.1f} GiB" if "mem/max_reserved_gib" in row else ""
+    )
     return (
         f"step {row['step']}/{num_steps} ({100 * row['step'] / num_steps:.1f}%) eta {_clock(eta_s)}"
         f" | loss {row['train/loss']:.4f} ({terms})"
@@ -106,7 +108,12 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
 
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = RichProgress(*columns, transient=True)
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()

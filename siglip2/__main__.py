@@ -1,0 +1,8 @@
+"""`torchrun -m siglip2 train ...`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""From a config to the objects of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config, DataConfig
+from ..errors import ConfigError
+from ..models.factory import create_model
+from ..models.presets import architecture
+from ..models.siglip2 import Siglip2
+from ..recipe.schedules import warmup_cosine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_tokenizer(config: Config, source: Any) -> Any:
+    """The tokenizer asked for, the pretrained model's, or the data set's own, in that order."""
+    from ..data.tokenizer import get_tokenizer
+
+    pretrained = config.model.pretrained
+    if config.data.tokenizer:
+        where = config.data.tokenizer
+    elif pretrained and (
+        not Path(pretrained).exists() or (Path(pretrained) / "tokenizer.json").exists()
+    ):
+        where = pretrained
+    elif getattr(source, "tokenizer_path", None):
+        where = source.tokenizer_path
+    else:
+        raise ConfigError(
+            f"data.tokenizer: {config.data.train!r} brings no tokenizer; pass a tokenizer.json, a SentencePiece"
+            " .model, or a hub id such as google/siglip2-base-patch16-256"
+        )
+    return get_tokenizer(str(where), text_length=config.model.text_length)
+
+
+def build_model(config: Config, vocab_size: int, device: torch.device) -> Siglip2:
+    """The towers of `config.model`; a vocabulary of the data set's own sets the table's size."""
+    model = config.model
+    return create_model(
+        model.name,
+        pretrained=model.pretrained,
+        vocab_size=None if model.pretrained else model.vocab_size or vocab_size,
+        text_length=model.text_length,
+        text_pool=model.text_pool,
+        init_temperature=model.init_temperature,
+        init_bias=model.init_bias,
+        dtype=DTYPES[config.train.precision],
+        device=device,
+    )
+
+
+def build_transform(model: Siglip2, data: DataConfig) -> Any:
+    """Encoded bytes -> what the vision tower takes: fixed squares, or NaFlex patches."""
+    from ..data.images import FixedTransform, NaflexTransform
+
+    vision = model.architecture.vision
+    if vision.is_naflex:
+        return NaflexTransform(vision.patch_size, data.max_num_patches)
+    return FixedTransform(vision.image_size)
+
+
+def build_schedule(config: Config) -> Callable[[float], float]:
+    """Share of the peak learning rate at so many examples seen."""
+    optim, total = config.optim, config.train.examples
+    return lambda examples: warmup_cosine(
+        examples, warmup=optim.warmup_examples, total=total, floor=optim.min_lr_fraction
+    )
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot work, all at once.  Raises ConfigError."""
+    train, data = config.train, config.data
+    faults = []
+    for name, value in (
+        ("train.batch_size", train.batch_size),
+        ("train.examples", train.examples),
+        ("train.log_every_steps", train.log_every_steps),
+        ("train.checkpoint_every_steps", train.checkpoint_every_steps),
+        ("train.keep_checkpoints", train.keep_checkpoints),
+        ("data.captions_per_image", data.captions_per_image),
+        ("model.init_temperature", config.model.init_temperature),
+        ("optim.lr", config.optim.lr),
+    ):
+        if value <= 0:
+            faults.append(f"{name}: need more than 0; got {value}")
+    for name, value in (
+        ("optim.warmup_examples", config.optim.warmup_examples),
+        ("optim.weight_decay", config.optim.weight_decay),
+        ("optim.grad_clip_norm", config.optim.grad_clip_norm),
+        ("data.workers", data.workers),
+    ):
+        if value < 0:
+            faults.append(f"{name}: need 0 or more; got {value}")
+    try:
+        architecture(config.model.name)
+    except ValueError as error:
+        faults.append(f"model.name: {error}")
+    if faults:
+        raise ConfigError("; ".join(faults))

@@ -1,0 +1,265 @@
+"""The loop: data, step, log, checkpoint; then evaluate, export and report."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..config import Config
+from ..data.loader import TrainLoader
+from ..data.sources import open_source
+from ..distributed import check_same
+from . import checkpoint, setup
+from .checkpoint import Progress
+from .finish import evaluate_run, finish
+from .metrics import JsonLines, Reporter, console_line
+from .metrics import Progress as Bar
+from .optim import adamw
+from .parallel import init_distributed, rank, unwrapped, whole_model, world_size, wrap
+from .run_dir import flatten, open_run, record
+from .step import TrainStep
+from .task import Siglip2Task
+
+
+class Run:
+    """One training run: everything `loop` touches, built from a config and, if there is one, a checkpoint."""
+
+    def __init__(self, config: Config):
+        setup.check(config)
+        self.config = config
+        self.device = init_distributed()
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        torch.manual_seed(config.train.seed)
+        self.dir = Path(config.train.output_dir)
+        resume_from = self._open()
+
+        source = open_source(config.data.train, config.data)
+        self.tokenizer = setup.build_tokenizer(config, source)
+        model = setup.build_model(config, self.tokenizer.vocab_size, self.device)
+        model.set_grad_checkpointing(config.model.grad_checkpointing)
+        if config.train.compile:
+            model.vision.encoder.compile()
+            model.text.encoder.compile()
+        self.transform = setup.build_transform(model, config.data)
+        self.loader = TrainLoader(
+            source,
+            self.transform,
+            self.tokenizer,
+            batch_size=config.train.batch_size,
+            captions_per_image=config.data.captions_per_image,
+            seed=config.train.seed,
+            rank=rank(),
+            world_size=world_size(),
+            workers=config.data.workers,
+            shuffle_buffer=config.data.shuffle_buffer,
+            cache_images=config.data.cache_images,
+        )
+        self.task = wrap(Siglip2Task(model), config.train.parallel)
+        self.step = TrainStep(
+            self.task,
+            adamw(self.task, config.optim),
+            schedule=setup.build_schedule(config),
+            grad_clip_norm=config.optim.grad_clip_norm,
+            on_nonfinite=config.train.on_nonfinite,
+            debug_dir=self.dir / "debug",
+        )
+        self.examples_a_step = config.train.batch_size * world_size()
+        self.num_steps = math.ceil(config.train.examples / self.examples_a_step)
+        self.progress = Progress(step=0, examples=0, loader={}, time_s=0.0)
+        if resume_from is not None:
+            self._resume(resume_from)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return unwrapped(self.task).model
+
+    def save(self) -> None:
+        self.step.check()
+        checkpoint.save(
+            self.dir / "checkpoints",
+            unwrapped(self.task),
+            self.step.optimizer,
+            self.progress,
+            keep=self.config.train.keep_checkpoints,
+        )
+
+    def _open(self) -> Path | None:
+        """Rank 0 readies the folder; the others are told where to resume, or what was wrong."""
+        outcome: list[Any] = [None]
+        if rank() == 0:
+            try:
+                outcome = [open_run(self.config)]
+                record(self.config)
+            except Exception as error:
+                outcome = [error]
+        if world_size() > 1:
+            dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+    def _resume(self, path: Path) -> None:
+        self.progress = checkpoint.load(path, unwrapped(self.task), self.step.optimizer)
+        self.step.num_steps = self.progress.step
+        self.loader.load_state_dict(self.progress.loader)
+
+
+def train(config: Config) -> Path:
+    """Train, evaluate, export and report; return the run's folder.
+
+    Start it under torchrun for several devices.  A run that was stopped goes on where its last checkpoint was.
+    """
+    run = Run(config)
+    try:
+        if rank() == 0:
+            _banner(run)
+        loop(run)
+        run.save()
+        model = whole_model(run.task)
+        if model is not None:
+            finish(run, model)
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return run.dir
+
+
+def loop(run: Run) -> None:
+    """Step until the examples are spent."""
+    train_config = run.config.train
+    main = rank() == 0
+    writer = JsonLines(run.dir / "metrics.jsonl", from_step=run.progress.step) if main else None
+    reporter = Reporter(
+        train_config.report_to if main else (), run.dir, flatten(dataclasses.asdict(run.config))
+    )
+    bar = Bar(run.num_steps, run.progress.step, enabled=main)
+    batches = iter(run.loader)
+    clock = _Clock(run.progress)
+    try:
+        while run.progress.step < run.num_steps:
+            with clock.waiting_for_data():
+                batch = next(batches)
+            if train_config.check_shapes and world_size() > 1 and clock.num_steps == 0:
+                text = batch["text"]
+                check_same("text (L,)", tuple(text.shape[1:]), text.dtype, run.device)
+            metrics = run.step(batch, examples=run.progress.examples)
+            done = run.progress.step + 1
+            run.progress = Progress(
+                step=done,
+                examples=run.progress.examples + run.examples_a_step,
+                loader=run.loader.state_dict(),
+                time_s=clock.total_s(),
+            )
+            clock.num_steps += 1
+            bar.advance()
+            if done % train_config.log_every_steps == 0 or done == run.num_steps:
+                row = _row(run, metrics, clock)
+                if main:
+                    writer.write(row)
+                    reporter.write(row)
+                    bar.line(console_line(row, run.num_steps, clock.eta_s(run)))
+                clock.lap()
+            if done % train_config.checkpoint_every_steps == 0 and done < run.num_steps:
+                run.save()
+            every = train_config.eval_every_steps
+            if every and done % every == 0 and done < run.num_steps:
+                model = whole_model(run.task)
+                if model is not None:
+                    row = {"step": done, **evaluate_run(run, model).metrics()}
+                    writer.write(row)
+                    reporter.write(row)
+    finally:
+        bar.close()
+        reporter.close()
+        if writer:
+            writer.close()
+
+
+class _Clock:
+    """Training time over all of a run's lives, and the share of it spent waiting for data."""
+
+    def __init__(self, progress: Progress):
+        self.before_s = progress.time_s
+        self.start = self.lap_start = time.perf_counter()
+        self.num_steps = self.lap_steps = 0
+        self.data_s = 0.0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.data_s += time.perf_counter() - start
+
+    def total_s(self) -> float:
+        return self.before_s + time.perf_counter() - self.start
+
+    def eta_s(self, run: Run) -> float:
+        each = (time.perf_counter() - self.start) / max(self.num_steps, 1)
+        return each * (run.num_steps - run.progress.step)
+
+    def step_s(self) -> float:
+        return (time.perf_counter() - self.lap_start) / max(self.num_steps - self.lap_steps, 1)
+
+    def data_pct(self) -> float:
+        return 100 * self.data_s / max(time.perf_counter() - self.lap_start, 1e-9)
+
+    def lap(self) -> None:
+        self.lap_start, self.lap_steps, self.data_s = time.perf_counter(), self.num_steps, 0.0
+
+
+def _row(run: Run, metrics: dict[str, torch.Tensor], clock: _Clock) -> dict[str, Any]:
+    """Every metric of this step; the only place that waits for the device. Losses are means over ranks."""
+    values = {f"train/{name}": value.detach().float() for name, value in metrics.items()}
+    if world_size() > 1:
+        for name, value in values.items():
+            if name.endswith("loss"):
+                dist.all_reduce(value)
+                value /= world_size()
+    row: dict[str, Any] = {
+        "step": run.progress.step,
+        "examples": run.progress.examples,
+        **{name: float(value) for name, value in values.items()},
+        "perf/samples_per_second": run.examples_a_step / clock.step_s(),
+        "perf/samples_per_second_per_gpu": run.config.train.batch_size / clock.step_s(),
+        "perf/step_time_s": clock.step_s(),
+        "perf/data_time_pct": clock.data_pct(),
+        "time_s": run.progress.time_s,
+    }
+    if run.device.type == "cuda":
+        stats = torch.cuda.memory_stats()
+        row["mem/max_reserved_gib"] = stats["reserved_bytes.all.peak"] / 2**30
+        row["mem/num_alloc_retries"] = stats["num_alloc_retries"]
+    skipped = {f"data/skipped/{reason}": n for reason, n in run.loader.report().items()}
+    return row | skipped
+
+
+def _banner(run: Run) -> None:
+    """What is about to run, and on what."""
+    from siglip2_kernels.report import report
+
+    config, device = run.config, run.device
+    params = sum(p.numel() for p in run.model.parameters())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(
+        f"{config.model.name}: {params / 1e6:.1f} M parameters, {config.train.precision} activations, on"
+        f" {world_size()} x {name} ({torch.get_num_threads()} threads)"
+    )
+    print(
+        f"data {config.data.train}, vocabulary {run.tokenizer.vocab_size:,};"
+        f" batch {config.train.batch_size} x {world_size()} images, {run.num_steps:,} steps"
+        f" = {run.num_steps * run.examples_a_step:,} images seen"
+    )
+    for choice in report(device):
+        print(choice)
+    if run.progress.step:
+        print(f"continuing {run.dir} after step {run.progress.step:,}")
+    print(flush=True)

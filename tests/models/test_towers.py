@@ -1,0 +1,161 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from models.tiny import (
+    double,
+    packed,
+    padded,
+    random_images,
+    random_model,
+    random_tokens,
+    timm_batch,
+    tiny_architecture,
+)
+
+from siglip2.models.inputs import patchify
+from siglip2.models.sequences import uniform
+from siglip2.models.vision import resample_posemb
+
+GRIDS = [(4, 4), (2, 7), (1, 1), (6, 3), (2, 7)]
+EPS = torch.finfo(torch.float64).eps
+
+
+@pytest.fixture
+def naflex():
+    return double(random_model(tiny_architecture(is_naflex=True)))
+
+
+def assert_equal(a, b):
+    """Equal but for the order of sums in float64."""
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= 2**10 * EPS * b.abs().max()
+
+
+def test_packed_images_do_not_see_one_another(naflex):
+    images = random_images(GRIDS, 4)
+    together = naflex.forward_vision(packed(images, GRIDS))
+    alone = [naflex.forward_vision(packed([x], [g])) for x, g in zip(images, GRIDS, strict=True)]
+    assert_equal(together.pooled, torch.cat([out.pooled for out in alone]))
+    assert_equal(together.tokens, torch.cat([out.tokens for out in alone]))
+
+
+def test_order_of_images_is_the_order_of_embeddings(naflex):
+    images = random_images(GRIDS, 4)
+    turned = packed(images[::-1], GRIDS[::-1])
+    expected = naflex.encode_image(packed(images, GRIDS)).flip(0)
+    assert_equal(naflex.encode_image(turned), expected)
+
+
+def test_three_dialects_are_one_batch(naflex):
+    images = random_images(GRIDS, 4)
+    expected = naflex.encode_image(packed(images, GRIDS))
+    assert torch.equal(naflex.encode_image(padded(images, GRIDS)), expected)
+    assert torch.equal(naflex.encode_image(timm_batch(images, GRIDS)), expected)
+
+
+@pytest.mark.parametrize("is_naflex", [False, True], ids=["fixed", "naflex"])
+def test_image_tensor_equals_its_patches(is_naflex):
+    model = double(random_model(tiny_architecture(is_naflex=is_naflex)))
+    image = torch.rand(3, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    patches = patchify(image, 4).flatten(1, 2)
+    batch = packed(list(patches), [(4, 4)] * 3)
+    assert torch.equal(model.encode_image(image), model.encode_image(batch))
+
+
+def test_uint8_patches_mean_minus_one_to_one(naflex):
+    pixels = torch.randint(0, 256, (14, 48), dtype=torch.uint8)
+    expected = naflex.encode_image(packed([pixels.double() / 127.5 - 1], [(2, 7)]))
+    assert torch.equal(naflex.encode_image(packed([pixels], [(2, 7)])), expected)
+
+
+def test_empty_image_pools_nothing_and_disturbs_no_other(naflex):
+    images = random_images(GRIDS, 4)
+    empty = torch.empty(0, 48, dtype=torch.float64)
+    out = naflex.encode_image(packed([images[0], empty, images[1]], [GRIDS[0], (0, 0), GRIDS[1]]))
+    expected = naflex.encode_image(packed(images[:2], GRIDS[:2]))
+    assert_equal(out[[0, 2]], expected)
+    pool = naflex.vision.pool
+    assert_equal(out[1], pool.out.bias + pool.mlp(pool.norm(pool.out.bias)))
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in naflex.vision.parameters())
+
+
+def antialiased_weights(size, G):  # (size, G)
+    """Triangle filter as wide as the step when shrinking, at half-pixel centres, rows summing to
+    1."""
+    step = G / size
+    centres = (torch.arange(size, dtype=torch.float64) + 0.5) * step
+    distance = (torch.arange(G, dtype=torch.float64) + 0.5 - centres[:, None]).abs()
+    weights = (1 - distance / max(step, 1)).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 7), (7, 2), (9, 9), (1, 1), (1, 6), (3, 2)], ids=str)
+def test_positions_resample_with_an_antialiased_triangle(grid):
+    table = torch.randn(4, 4, 5, dtype=torch.float64)
+    h, w = grid
+    expected = torch.einsum(
+        "hi,wj,ijd->hwd", antialiased_weights(h, 4), antialiased_weights(w, 4), table
+    )
+    actual = resample_posemb(table, [grid])
+    # the filter's weights pass through single precision in no case: 2^10 roundings
+    assert (actual.view(h, w, 5) - expected).abs().max() <= 2**10 * EPS * table.abs().max()
+
+
+def test_gradient_flows_from_tokens_to_every_layer_below_the_pool(naflex):
+    images = random_images(GRIDS[:2], 4)
+    naflex.forward_vision(packed(images, GRIDS[:2])).tokens.square().sum().backward()
+    for name, parameter in naflex.vision.named_parameters():
+        if name.startswith("pool."):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("pool", ["last", "map"])
+def test_checkpointing_recomputes_the_same_gradients(pool):
+    architecture = tiny_architecture(is_naflex=True, pool=pool)
+    gradients = []
+    for enable in (False, True):
+        model = random_model(architecture)
+        model.set_grad_checkpointing(enable)
+        images = [x.float() for x in random_images(GRIDS, 4)]
+        image = model.encode_image(packed(images, GRIDS))
+        text = model.encode_text(random_tokens(architecture))
+        (image.square().sum() + text.square().sum()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], x) for name, x in gradients[1].items())
+
+
+def test_text_reads_the_last_position_padding_included():
+    architecture = tiny_architecture()
+    model = double(random_model(architecture))
+    text = random_tokens(architecture)
+    tower, (B, L) = model.text, text.shape
+    hidden = (F.embedding(text, tower.token_embed) + tower.posemb).flatten(0, 1)
+    hidden = tower.encoder(hidden, uniform(B, L, hidden.device)).view(B, L, -1)
+    assert_equal(model.encode_text(text), tower.head(hidden[:, -1]))
+    assert (text[:, -1] == 0).any()
+    longer = text.clone()
+    longer[:, 0] = 5  # every position attends to every other
+    assert not torch.allclose(model.encode_text(longer), model.encode_text(text))
+
+
+def test_text_map_pool_equals_torch_multi_head_attention():
+    architecture = tiny_architecture(pool="map", text_width=24)
+    model = double(random_model(architecture))
+    text = random_tokens(architecture)
+    tower, (B, L) = model.text, text.shape
+    hidden = (F.embedding(text, tower.token_embed) + tower.posemb).flatten(0, 1)
+    hidden = tower.encoder(hidden, uniform(B, L, hidden.device)).view(B, L, -1)
+    pool = tower.pool
+    attention = torch.nn.MultiheadAttention(24, 2, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat([pool.q.weight, pool.kv.weight]))
+        attention.in_proj_bias.copy_(torch.cat([pool.q.bias, pool.kv.bias]))
+        attention.out_proj.weight.copy_(pool.out.weight)
+        attention.out_proj.bias.copy_(pool.out.bias)
+    read, _ = attention(pool.probe.expand(B, 1, -1), hidden, hidden)
+    expected = tower.head((read + pool.mlp(pool.norm(read)))[:, 0])
+    assert_equal(model.encode_text(text), expected)

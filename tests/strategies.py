@@ -1,0 +1,53 @@
+"""What kernel tests run on: backends with their tier, dtypes, and shapes that have names."""
+
+import pytest
+import torch
+
+# (backend, device). Tiers that cannot run here are skipped with a reason, never left out.
+RUNNERS = [
+    pytest.param("chunked", "cpu", id="chunked-cpu"),
+    pytest.param("triton", "cpu", id="triton-cpu", marks=pytest.mark.interpreter),
+    pytest.param("chunked", "cuda", id="chunked-cuda", marks=pytest.mark.gpu),
+    pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu),
+]
+
+
+def runners_and_dtypes() -> list:
+    """(backend, device, dtype): the interpreter has no bfloat16 products, Triton no float64."""
+    half = {"float32": torch.float32, "float16": torch.float16}
+    both = half | {"bfloat16": torch.bfloat16}
+    dtypes = {
+        ("chunked", "cpu"): both | {"float64": torch.float64},
+        ("triton", "cpu"): half,
+        ("chunked", "cuda"): both,
+        ("triton", "cuda"): both,
+    }
+    return [
+        pytest.param(*runner.values, dtype, id=f"{runner.id}-{name}", marks=runner.marks)
+        for runner in RUNNERS
+        for name, dtype in dtypes[runner.values].items()
+    ]
+
+
+# (B, M, D) of two-tower ops. The tiles of all backends divide 128; the ragged sizes do not.
+PAIR_SHAPES = {
+    "one-pair": (1, 1, 16),
+    "one-tile": (128, 128, 64),
+    "ragged": (131, 259, 40),
+    "tall": (300, 5, 72),
+    "wide": (3, 400, 33),
+    "so400m": (130, 140, 1152),
+}
+
+# Sequence lengths of packed ops.
+LENGTHS = {
+    "one-token": [1],
+    "one-tile": [64],
+    "ragged": [1, 63, 65, 130, 7],
+    "empty-sequence": [0, 5, 0, 0, 129, 0],
+    "nothing": [0, 0],
+    "no-sequence": [],
+}
+
+# (log_scale, bias): SigLIP's start, and a trained model's (So400m: temperature 117, bias -16.5).
+TEMPERATURES = {"init": (2.3026, -10.0), "trained": (4.7622, -16.5)}
