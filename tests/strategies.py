@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 # (backend, device). Tiers that cannot run here are skipped with a reason, never left out.
 RUNNERS = [
@@ -51,3 +52,33 @@ LENGTHS = {
 
 # (log_scale, bias): SigLIP's start, and a trained model's (So400m: temperature 117, bias -16.5).
 TEMPERATURES = {"init": (2.3026, -10.0), "trained": (4.7622, -16.5)}
+
+
+def make_inputs(B, M, D, dtype, device="cpu", temperature="init"):
+    """Unit vectors of two towers; half of the captions resemble their images, as in training."""
+    g = torch.Generator().manual_seed(0)
+    img = F.normalize(torch.randn(B, D, generator=g), dim=-1)
+    txt = torch.randn(M, D, generator=g)
+    n = (min(B, M) + 1) // 2
+    txt[:n] = img[:n] + 0.3 * txt[:n] / D**0.5
+    scalars = [torch.tensor(value) for value in TEMPERATURES[temperature]]
+    inputs = [img.to(dtype), F.normalize(txt, dim=-1).to(dtype), *scalars]
+    return [x.to(device).requires_grad_() for x in inputs]
+
+
+def make_pairs(kind, B, M, device="cpu"):
+    """Several positives to an image, images without any, and weights far from 1."""
+    g = torch.Generator().manual_seed(1)
+    if kind == "diagonal":
+        return {}
+    ids = {"img_ids": torch.randperm(B, generator=g) // 2, "txt_ids": torch.arange(M) % (B + 1)}
+    if kind == "ids":
+        # Beyond int32: ids may be hashes.
+        return {name: (x + 2**40).to(device) for name, x in ids.items()}
+    weights = {
+        "img_weight": torch.rand(B, generator=g) / 30_000,
+        "txt_weight": torch.rand(M, generator=g) * 7,
+    }
+    return {
+        name: x.to(device) for name, x in ({n: x.int() for n, x in ids.items()} | weights).items()
+    }

@@ -11,6 +11,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in _HALF and not x.is_cuda else x.dtype
 
 
+def unit_scale(dtype: torch.dtype) -> float:
+    """Power of two for an operand in [-1, 1]: as float16 its values to 1e-9 are then normal."""
+    return 2.0**15 if dtype is torch.float16 else 1.0
+
+
 def mm_f32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b: float32 for half and float32 operands, float64 for float64."""
     if a.dtype not in _HALF:

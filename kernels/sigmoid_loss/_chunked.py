@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.chunks import row_chunks
-from .._core.matmul import addmm_f32_, mm_f32, product_dtype
+from .._core.matmul import addmm_f32_, mm_f32, product_dtype, unit_scale
 
 # Elements of one chunk of logits; about four float32 buffers of this size live at a time. On the
 # CPU a chunk should stay near the caches, on a GPU it should fill the matrix units.
 MAX_ELEMENTS = {"cpu": 1 << 21}
 MAX_ELEMENTS_DEVICE = 1 << 27
+THRESHOLD = 40.0  # where softplus(x) == x in float64; the default of 20 is float32's
 
 
 def unsupported(img: Tensor, txt: Tensor) -> str | None:
@@ -97,19 +98,21 @@ def fwd(
     img, txt = img.to(product_dtype(img)), txt.to(product_dtype(txt))
     dimg = img.new_empty((img.shape[0] if needs_dimg else 0, img.shape[1]), dtype=acc)
     dtxt = txt.new_zeros((txt.shape[0] if needs_dtxt else 0, txt.shape[1]), dtype=acc)
-    totals = []
+    totals, lift = [], unit_scale(img.dtype)
     for start, stop in _chunks(img, txt):
         weights = _rows(img_weight, start, stop), txt_weight
         raw = mm_f32(img[start:stop], txt.T)
         s, is_pos = _signed_logits(raw, scale, bias, _rows(img_ids, start, stop), txt_ids, start)
-        loss = _weighted(F.softplus(s), *weights).sum()
+        loss = _weighted(F.softplus(s, threshold=THRESHOLD), *weights).sum()
         g = _grad_of_logits(s, is_pos, start, *weights)
         totals.append(torch.stack((loss, raw.mul_(g).sum(), g.sum())))
-        g = g.to(img.dtype)
+        g = g.mul_(lift).to(img.dtype) if lift != 1 else g.to(img.dtype)
         if needs_dimg:
             mm_f32(g, txt, out=dimg[start:stop])
         if needs_dtxt:
             addmm_f32_(dtxt, g.T, img[start:stop])
+    if lift != 1:
+        dimg.mul_(1 / lift), dtxt.mul_(1 / lift)
     return torch.stack(totals).sum(0), dimg, dtxt
 
 
@@ -132,7 +135,9 @@ def sums(
     for start, stop in _chunks(img, txt):
         ids = _rows(img_ids, start, stop), txt_ids
         s, _ = _signed_logits(mm_f32(img[start:stop], txt.T), scale, bias, *ids, start)
-        losses = _weighted(F.softplus(s), _rows(img_weight, start, stop), txt_weight)
+        losses = _weighted(
+            F.softplus(s, threshold=THRESHOLD), _rows(img_weight, start, stop), txt_weight
+        )
         torch.sum(losses, 1, out=rows[start:stop])
         columns += losses.sum(0)
     return rows, columns

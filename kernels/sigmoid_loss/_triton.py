@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._core.chunks import row_chunks
-from .._core.matmul import addmm_f32_, mm_f32
+from .._core.matmul import addmm_f32_, mm_f32, unit_scale
 from .._core.triton_math import softplus_sigmoid
 
 # G's buffer; 4096 rows at M = 64k. Longer chunks mean fewer passes over the float32 dtxt.
@@ -139,6 +139,7 @@ def _tile_kernel(
     BM: tl.constexpr,
     BD: tl.constexpr,
     GROUP: tl.constexpr,
+    LIFT: tl.constexpr,
 ):
     # Neighbouring programs share rows and columns, so that both are read from L2.
     num_b, num_m = tl.cdiv(B, BB), tl.cdiv(M, BM)
@@ -199,7 +200,7 @@ def _tile_kernel(
         if g_ptr is not None:
             # G is padded to whole tiles, so its stores need no mask.
             p_g = g_ptr + o_b.to(tl.int64)[:, None] * stride_g + o_n[None, :]
-            tl.store(p_g, b_g.to(g_ptr.dtype.element_ty))
+            tl.store(p_g, (b_g * LIFT).to(g_ptr.dtype.element_ty))
 
     if rows_ptr is not None:
         tl.store(rows_ptr + i_m.to(tl.int64) * B + o_b, b_rows, mask=o_b < B)
@@ -260,6 +261,7 @@ def _launch(
         BM=tile.BM,
         BD=tile.BD,
         GROUP=GROUP,
+        LIFT=unit_scale(img.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -304,6 +306,8 @@ def fwd(
             mm_f32(g[: stop - start, :M], txt, out=dimg[start:stop])
         if needs_dtxt:
             addmm_f32_(dtxt, g[: stop - start, :M].T, x)
+    if (lift := unit_scale(img.dtype)) != 1:
+        dimg.mul_(1 / lift), dtxt.mul_(1 / lift)
     return torch.stack(totals).sum(0).float(), dimg, dtxt
 
 

@@ -24,7 +24,8 @@ def weighted_pair_losses(
     if img_ids is None:
         img_ids = torch.arange(img.shape[0], device=img.device)
         txt_ids = torch.arange(txt.shape[0], device=img.device)
-    losses = F.softplus(torch.where(img_ids[:, None] == txt_ids, -z, z))
+    # The default threshold of 20 cuts off terms that float64 resolves.
+    losses = F.softplus(torch.where(img_ids[:, None] == txt_ids, -z, z), threshold=40)
     if img_weight is not None:
         losses = img_weight.to(acc)[:, None] * losses
     if txt_weight is not None:

@@ -16,7 +16,7 @@ def base_language(tag: str) -> str:
 
 
 def parse_captions(value: Any, language: str = UNKNOWN_LANGUAGE) -> dict[str, str]:
-    """Language -> caption of a text, a list of texts, a dictionary or its JSON; {} if there is none.
+    """Language -> caption of a text, a list, a dictionary or its JSON; {} if there is none.
 
     Further captions in one language get a private tag: "en", "en-x-1", "en-x-2".
     """
@@ -40,7 +40,7 @@ def parse_captions(value: Any, language: str = UNKNOWN_LANGUAGE) -> dict[str, st
 
 
 def captions_of_record(record: Mapping[str, Any], caption_key: str | None = None) -> dict[str, str]:
-    """Captions of a JSON record or table row: `caption_key`, the usual keys, or caption_<language>."""
+    """Captions of a record or row: in `caption_key`, the usual keys, or caption_<language>."""
     language = record.get("language") or UNKNOWN_LANGUAGE
     for key in (caption_key, *_CAPTION_KEYS):
         if key is not None and (found := parse_captions(record.get(key), language)):
@@ -55,7 +55,7 @@ def captions_of_record(record: Mapping[str, Any], caption_key: str | None = None
 def make_example(
     key: str, image: bytes, captions: Mapping[str, str], record: Mapping[str, Any] | None = None
 ) -> Example:
-    """The example; `record` may name its group and subset. Raises BadSampleError without a caption."""
+    """The example; `record` may name its group and subset. BadSampleError without a caption."""
     if not captions:
         raise BadSampleError("no caption", key)
     record = record or {}

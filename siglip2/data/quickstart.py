@@ -1,4 +1,4 @@
-"""The default data: emoji and flags in two drawing styles, named in 14 languages, built from pip packages.
+"""The default data: emoji and flags in two drawing styles, named in 14 languages.
 
 Nothing is downloaded or committed: pictures and names come out of the packages of the extra
 `quickstart` and are written once as webdataset shards, with their licences, into a cache folder.
@@ -63,7 +63,8 @@ def _versions() -> dict[str, str]:
         return {name: version(name) for name in _PACKAGES}
     except PackageNotFoundError as error:
         raise MissingDependencyError(
-            f"the quick-start data needs the package {error.name!r}: pip install 'siglip2[quickstart]'"
+            f"the quick-start data needs the package {error.name!r}: "
+            "pip install 'siglip2[quickstart]'"
         ) from None
 
 
@@ -115,8 +116,11 @@ def _choose(config: QuickstartConfig) -> tuple[list[Concept], list[Concept]]:
 
 
 def _records(config: QuickstartConfig) -> dict[str, list[_Record]]:
-    """What each part holds. A flag is trained on twice: once under its names in the languages that name
-    everything, once under the rest, so that rare languages do not crowd out the others."""
+    """What each part holds.
+
+    A flag is trained on twice: once under its names in the languages that name everything, once
+    under the rest, so that rare languages do not crowd out the others.
+    """
     train, held_out = _choose(config)
     styles = [style for style in STYLES if style not in config.held_out_styles]
     hidden = set(config.held_out_languages)

@@ -1,4 +1,4 @@
-"""Where examples come from: one interface for the quick start, tars, folders, tables and HF data sets."""
+"""Where examples come from: one interface for the quick start, tars, folders, tables and HF."""
 
 import re
 from abc import ABC, abstractmethod
@@ -13,8 +13,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 # Local tars up to this size are indexed and read in any order; larger ones are streamed.
 INDEXED_TARS_BYTES = 1 << 30
 _KINDS = (
-    "'quickstart:train', tars 'x-{000..007}.tar' (also globs and a.tar::b.tar), a folder of images, "
-    "a .csv, .tsv, .jsonl or .parquet file, or 'hf:NAME_OR_FOLDER[:split]'"
+    "'quickstart:train', tars 'x-{000..007}.tar' (also globs and a.tar::b.tar), a folder of "
+    "images, a .csv, .tsv, .jsonl or .parquet file, or 'hf:NAME_OR_FOLDER[:split]'"
 )
 
 
@@ -114,7 +114,7 @@ def open_source(spec: str, config: DataConfig | None = None) -> Source:
     path = Path(spec).expanduser()
     if not path.exists():
         raise DataError(f"no data at {spec!r}: need {_KINDS}")
-    if path.is_dir() and any(path.rglob("*.parquet")) or path.suffix == ".parquet":
+    if (path.is_dir() and any(path.rglob("*.parquet"))) or path.suffix == ".parquet":
         from siglip2.data.hf import open_hf
 
         return open_hf(spec, config)

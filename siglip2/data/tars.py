@@ -19,7 +19,7 @@ _DAMAGED = "damaged shard"
 
 
 def expand_shards(spec: str) -> list[str]:
-    """Shards of 'a-{000..007}.tar', 'a-*.tar' or 'a.tar::b.tar'; URLs and pipe: commands as they are."""
+    """Shards of 'a-{000..007}.tar', 'a-*.tar' or 'a.tar::b.tar'; URLs and pipe: as they are."""
     require("webdataset", "data")
     from webdataset.shardlists import expand_urls
 
@@ -66,7 +66,6 @@ def _index(path: str, shard: int) -> Iterator[_Entry]:
     from webdataset.tariterators import base_plus_ext
 
     key, fields = None, []
-    damaged = False
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -80,11 +79,10 @@ def _index(path: str, shard: int) -> Iterator[_Entry]:
                 if extension.lower() in _FIELDS:
                     fields.append((extension.lower(), member.offset_data, member.size))
     except (tarfile.TarError, EOFError):
-        damaged = True
+        yield _Entry(shard, path, ())  # in place of the example that was cut
+        return
     if fields:
         yield _Entry(shard, key, tuple(fields))
-    if damaged:
-        yield _Entry(shard, path, ())
 
 
 class IndexedTars(IndexedSource):
@@ -126,18 +124,17 @@ class StreamedTars(ShardSource):
         require("webdataset", "data")
         from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
-        damage: list[BadSampleError] = []
+        damage: list[str] = []
 
         def note(error: Exception) -> bool:
-            damage.append(BadSampleError(_DAMAGED, f"{shard} ({type(error).__name__})"))
+            damage.append(type(error).__name__)
             return True
 
         files = tar_file_expander(url_opener([{"url": shard}], handler=note), handler=note)
         for sample in group_by_keys(files, suffixes=set(_FIELDS), handler=note):
-            yield from damage
-            damage.clear()
             try:
                 yield _example_of(sample["__key__"], sample)
             except BadSampleError as error:
                 yield error
-        yield from damage
+        if damage:
+            yield BadSampleError(_DAMAGED, f"{shard} ({damage[0]})")

@@ -1,4 +1,4 @@
-"""Captions to ids as SigLIP 2 was trained: lower-cased, no BOS, one EOS, padded on the right with 0."""
+"""Captions to ids as SigLIP 2 was trained: lower-cased, no BOS, one EOS, right-padded with 0."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -79,7 +79,7 @@ class _SentencePieceBackend:
 
 
 class Siglip2Tokenizer:
-    """Texts -> ids (B, text_length) int64. Attributes: vocab_size, pad_id, eos_id, bos_id, text_length.
+    """Texts -> ids (B, text_length) int64.
 
     Raises TextError if the vocabulary does not have <pad> at 0 and <eos> (or </s>) at 1.
     """
@@ -97,8 +97,8 @@ class Siglip2Tokenizer:
         pad, eos = _first_of(backend, "<pad>"), _first_of(backend, "<eos>", "</s>")
         if (pad, eos) != (PAD_ID, EOS_ID):
             raise TextError(
-                f"{name} has <pad> at {pad} and <eos> at {eos}; SigLIP 2 needs {PAD_ID} and {EOS_ID}, "
-                "as in Gemma's vocabulary. Train one with siglip2.data.train_tokenizer, or use Gemma's."
+                f"{name} has <pad> at {pad} and <eos> at {eos}; SigLIP 2 needs {PAD_ID} and "
+                f"{EOS_ID}. Use Gemma's vocabulary, or train one with siglip2.data.train_tokenizer."
             )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -182,29 +182,31 @@ def _last_token(row: list[int]) -> int:
 
 def check_tokenizer(tokenizer: Callable[[list[str]], Any], text_length: int = 64) -> None:
     """Look at the ids a tokenizer makes of a few probes; TextError names every fault found."""
-    probes = ["", "cat", "dog house", "CAT", "one cat and two dogs " * text_length]
+    probes = ["", "a", "b", "A", "one cat and two dogs " * text_length]
     ids = torch.as_tensor(tokenizer(probes))
     if ids.shape != (len(probes), text_length):
         raise TextError(
             f"need ids ({len(probes)}, {text_length}) for {len(probes)} texts; "
             f"got {tuple(ids.shape)}: pad and truncate to text_length {text_length}"
         )
-    empty, cat, dog, upper, long = ids.tolist()
+    empty, a, b, upper, long = ids.tolist()
     faults = []
-    if cat[0] == cat[1] and cat[-1] != cat[-2]:
+    if a[0] == a[1] and a[-1] != a[-2]:
         faults.append("pads on the left (set padding_side='right')")
     else:
-        if cat[-1] != PAD_ID:
-            faults.append(f"pads with id {cat[-1]} (need {PAD_ID})")
-        if empty[0] not in (PAD_ID, EOS_ID, cat[-1]):
+        if a[-1] != PAD_ID:
+            faults.append(f"pads with id {a[-1]} (need {PAD_ID})")
+        if empty[0] not in (PAD_ID, EOS_ID, a[-1]):
             faults.append(f"adds BOS (id {empty[0]})")
-        if _last_token(cat) != _last_token(dog) or _last_token(cat) == _last_token(long[:-1]):
+        if a[-1] == EOS_ID:  # padded with EOS: nothing to tell the two apart by
+            pass
+        elif _last_token(a) != _last_token(b):
             faults.append("adds no EOS")
-        elif _last_token(cat) != EOS_ID:
-            faults.append(f"ends texts with id {_last_token(cat)} (EOS must be {EOS_ID})")
+        elif _last_token(a) != EOS_ID:
+            faults.append(f"ends texts with id {_last_token(a)} (EOS must be {EOS_ID})")
         elif long[-1] != EOS_ID:
             faults.append("cuts EOS off long texts")
-    if upper != cat:
+    if upper != a:
         faults.append("does not lower-case")
     if faults:
         raise TextError(
@@ -257,8 +259,8 @@ def get_tokenizer(
     """A tokenizer.json, a SentencePiece .model, a folder with either, a hub id, or a callable.
 
     Files are read so that the rules hold whatever they say. A callable (transformers tokenizer, or
-    list[str] -> ids) is used as it is, and refused with TextError if its ids break the rules, unless
-    `strict` is False.
+    list[str] -> ids) is used as it is, and refused with TextError if its ids break the rules,
+    unless `strict` is False.
     """
     if isinstance(name_or_path, Siglip2Tokenizer):
         return Siglip2Tokenizer(name_or_path._backend, text_length=text_length)

@@ -21,14 +21,16 @@ def _with_bytes(model: dict) -> dict:
 def train_tokenizer(
     captions: Iterable[str], *, vocab_size: int = 8192, text_length: int = 64
 ) -> Siglip2Tokenizer:
-    """BPE with byte fallback over NFKC, lower-cased text; the same captions give the same vocabulary.
+    """BPE with byte fallback over NFKC, lower-cased text; equal captions give equal vocabularies.
 
-    The specials are Gemma's: <pad> 0, <eos> 1, <bos> 2, <unk> 3, <mask> 4. Few captions may give fewer
-    ids than `vocab_size`.
+    The specials are Gemma's: <pad> 0, <eos> 1, <bos> 2, <unk> 3, <mask> 4. Few captions may give
+    fewer ids than `vocab_size`.
     """
     least = len(_SPECIALS) + len(_BYTES) + 1
     if vocab_size < least:
-        raise TextError(f"vocab_size must be at least {least} (specials and bytes); got {vocab_size}")
+        raise TextError(
+            f"vocab_size must be at least {least} (specials and bytes); got {vocab_size}"
+        )
     tokenizers = require("tokenizers", "text")
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 

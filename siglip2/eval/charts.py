@@ -12,7 +12,7 @@ _MAX_POINTS = 400
 
 
 def number(value: float) -> str:
-    """Three significant digits for a person: 1,234 / 0.123 / 1.2e-05."""
+    """Two or three significant digits for a person: 1,234 / 0.123 / 1.2e-5."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     size = abs(value)
@@ -20,7 +20,9 @@ def number(value: float) -> str:
         return f"{value / 1e6:.3g} M"
     if size >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if size >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+    if size >= 1e-2:
+        return f"{value:.3g}"
+    return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:
@@ -48,11 +50,23 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def tick_label(tick: float, every: Sequence[float]) -> str:
+    """As many decimals as tell neighbours apart."""
+    step = abs(every[1] - every[0]) if len(every) > 1 else abs(tick) or 1.0
+    if step < 1e-3 or max(map(abs, every)) >= 1e4:
+        return number(tick)
+    decimals = max(0, -math.floor(math.log10(step)))
+    if round(step, decimals) != round(step, decimals + 1):  # 0.25
+        decimals += 1
+    return f"{tick:.{decimals}f}"
+
+
 def _range(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     if from_zero and low > 0:
         low = 0.0
-    pad = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+    # a curve that hardly moves is drawn flat, not as a magnified tremble
+    pad = max(0.05 * (high - low), 0.01 * abs(high)) or 1.0
     return (low if from_zero and low == 0 else low - pad), high + pad
 
 
@@ -62,12 +76,10 @@ def line_chart(
     title: str,
     from_zero: bool = False,
     smooth: bool = False,
-    x_label: str = "step",
-    y_format: str | None = None,
 ) -> str:
     """A figure with one curve a series; empty when no series has two finite points.
 
-    `smooth` draws a running mean over a fainter curve. `y_format` is a format spec of the axis' numbers.
+    `smooth` draws a running mean over a fainter curve.
     """
     finite = {
         name: _thin([p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])])
@@ -86,32 +98,32 @@ def line_chart(
         y = _HEIGHT - _BOTTOM - (point[1] - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
         return f"{x:.1f},{y:.1f}"
 
-    def show(value: float) -> str:
-        return format(value, y_format) if y_format else number(value)
-
     parts = []
-    for tick in ticks(low, high):
+    at = ticks(low, high)
+    for tick in at:
         y = float(place((x_low, tick)).split(",")[1])
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(
-            f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{escape(show(tick))}</text>'
+            f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick_label(tick, at)}</text>'
         )
     for tick in ticks(x_low, x_high, 4) if x_high > x_low else []:
         x = float(place((tick, low)).split(",")[0])
         anchor = "end" if x > _WIDTH - 30 else "middle"
-        parts.append(f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{number(tick)}</text>')
+        parts.append(
+            f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{number(tick)}</text>'
+        )
     for number_, points in enumerate(finite.values()):
         curves = [(points, "curve faint"), (_smooth(points), "curve")] if smooth else []
         for curve, kind in curves or [(points, "curve")]:
             path = " ".join(map(place, curve))
             parts.append(f'<polyline class="{kind} s{number_ % 4}" points="{path}"/>')
     last = "; ".join(
-        f"{name + ': ' if len(finite) > 1 else ''}{show(p[0][1])} to {show(p[-1][1])}"
+        f"{name + ': ' if len(finite) > 1 else ''}{number(p[0][1])} to {number(p[-1][1])}"
         for name, p in finite.items()
     )
     keys = (f'<span class="key s{i % 4}">{escape(name)}</span>' for i, name in enumerate(finite))
     legend = f'<div class="keys">{"".join(keys)}</div>' if len(finite) > 1 else ""
-    described = escape(f"{title} against {x_label}, from {last}", quote=True)
+    described = escape(f"{title} against step, from {last}", quote=True)
     return (
         f'<figure class="chart"><figcaption>{escape(title)} <span>{escape(last)}</span></figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{described}">{"".join(parts)}</svg>'

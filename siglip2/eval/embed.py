@@ -20,7 +20,7 @@ class EmbeddedImages(NamedTuple):
 
 
 class TextTable(NamedTuple):
-    """Distinct texts and their embeddings; texts that differ in case alone are one, as SigLIP 2 lower-cases."""
+    """Distinct texts and their embeddings; case is ignored, as SigLIP 2 lower-cases."""
 
     txt: Tensor  # (M, D) float32, unit rows
     index: dict[str, int]  # lower-cased text -> row

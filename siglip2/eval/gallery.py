@@ -3,11 +3,11 @@
 A gallery is a JSON file and thumbnails in the run's folder: a report is made of these files alone.
 """
 
+import hashlib
 import io
 import json
 import os
 import random
-import re
 import shutil
 import unicodedata
 from collections import Counter
@@ -29,14 +29,16 @@ from siglip2.eval.embed import (
 from siglip2.eval.zero_shot import Tokenizer
 from siglip2.models.siglip2 import Siglip2
 
-FOLDER = "gallery"
+FILE, THUMBNAILS = "gallery.json", "thumbnails"
 THUMBNAIL_PX = 144  # twice the size shown, for dense screens
 _SEED = 0
+_PER_LANGUAGE, _HITS = 2, 6  # queries of each language, pictures shown for one
+_IMAGES, _NAMES, _NAMING = 6, 3, 6  # pictures to name, names shown in each of so many languages
 _SCRIPTS = {"CJK": "Han", "HIRAGANA": "Japanese", "KATAKANA": "Japanese"}  # else the Unicode name's
 _SAME_SCORE = 1e-5  # one picture stored twice, under two sets of languages, scores alike
 
 
-class Gallery(NamedTuple):
+class SourceGallery(NamedTuple):
     """What to show of one source; `pictures` are WebP thumbnails by example key."""
 
     name: str
@@ -46,37 +48,42 @@ class Gallery(NamedTuple):
     by_image: list[dict[str, Any]]  # key, caption, languages: {tag: [{text, right}]}
     pictures: dict[str, bytes]
 
-    def save(self, run_dir: str | Path) -> Path:
-        """Write `gallery/<name>.json` and its thumbnails; an earlier gallery of the name is replaced."""
-        root = Path(run_dir) / FOLDER
-        stem = re.sub(r"[^\w.-]+", "_", self.name).lstrip(".") or "source"
-        shutil.rmtree(root / stem, ignore_errors=True)
-        (root / stem).mkdir(parents=True)
-        files = {}
-        for number, (key, data) in enumerate(self.pictures.items()):
-            files[key] = f"{stem}/{number:03d}.webp"
-            (root / files[key]).write_bytes(data)
-        text = json.dumps({**self._asdict(), "pictures": files}, ensure_ascii=False, indent=1)
-        beside = root / f".{stem}.json.partial"
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, root / f"{stem}.json")
-        return root / f"{stem}.json"
+
+class Gallery(NamedTuple):
+    sources: list[SourceGallery]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write gallery.json and thumbnails into `folder`, replacing the gallery it holds."""
+        folder = Path(folder)
+        shutil.rmtree(folder / THUMBNAILS, ignore_errors=True)
+        (folder / THUMBNAILS).mkdir(parents=True)
+        out = []
+        for source in self.sources:
+            files = {}
+            for key, data in source.pictures.items():
+                digest = hashlib.sha256(data).hexdigest()[:16]
+                files[key] = f"{THUMBNAILS}/{digest}.webp"
+                (folder / files[key]).write_bytes(data)
+            out.append({**source._asdict(), "pictures": files})
+        beside = folder / ".gallery.json.partial"
+        beside.write_text(json.dumps(out, ensure_ascii=False, indent=1), encoding="utf-8")
+        os.replace(beside, folder / FILE)
+        return folder / FILE
 
 
-def load_galleries(run_dir: str | Path) -> list[Gallery]:
-    """The galleries saved in a run's folder, by name. Raises DataError for a damaged one."""
-    found = []
-    for path in sorted((Path(run_dir) / FOLDER).glob("*.json")):
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+def load_gallery(folder: str | Path) -> Gallery:
+    """The gallery saved in `folder`; empty when there is none. Raises DataError for a damaged one."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return Gallery([])
+    try:
+        sources = json.loads(path.read_text(encoding="utf-8"))
+        for fields in sources:
             files = fields["pictures"].items()
             fields["pictures"] = {key: (path.parent / file).read_bytes() for key, file in files}
-            found.append(Gallery(**fields))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise DataError(
-                f"cannot read the gallery {path} ({error}): run the evaluation again"
-            ) from error
-    return found
+        return Gallery([SourceGallery(**fields) for fields in sources])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DataError(f"cannot read {path} ({error}): run the evaluation again") from error
 
 
 def script_of(texts: Iterable[str]) -> str:
@@ -193,41 +200,53 @@ def _by_image(
     return out
 
 
+def _collect(
+    model: Siglip2, loader: Any, tokenizer: Tokenizer, *, name: str, max_languages: int
+) -> SourceGallery:
+    """A source's gallery, its pictures still missing: their keys are there."""
+    found = embed_images(model, loader)
+    scripts = choose_languages(found.captions, limit=max_languages)
+    if not scripts:
+        raise DataError(f"no picture with a caption to show in source {name!r}")
+    wanted = [{x: c[x] for x in scripts if x in c} for c in found.captions]
+    texts = embed_texts(model, wanted, tokenizer, batch_size=loader.batch_size)
+    tables = {x: text_groups(found.captions, found.groups, x) for x in scripts}
+    by_caption = _by_caption(found, texts, tables, scripts, per_language=_PER_LANGUAGE, k=_HITS)
+    naming = {language: tables[language] for language in [*tables][:_NAMING]}
+    by_image = _by_image(found, texts, naming, num_images=_IMAGES, k=_NAMES)
+    keys = {hit["key"] for query in by_caption for hit in query["hits"]}
+    keys |= {card["key"] for card in by_image}
+    num_texts = {language: len(table) for language, table in tables.items()}
+    empty = dict.fromkeys(sorted(keys), b"")
+    return SourceGallery(name, len(found.keys), num_texts, by_caption, by_image, empty)
+
+
 def collect_gallery(
     model: Siglip2,
-    source: Any,
+    sources: Mapping[str, Any],
     transform: Any,
     tokenizer: Tokenizer,
     *,
-    name: str,
     batch_size: int = 256,
     max_images: int | None = 2000,
     max_languages: int = 8,
-    queries_per_language: int = 2,
-    num_images: int = 6,
-    num_hits: int = 6,
 ) -> Gallery:
-    """Random queries of a source, in languages of several scripts, and what the model finds for them.
+    """Random queries of each source, in languages of several scripts, and what the model finds.
 
-    The draw has a fixed seed and does not look at the answers. Raises DataError for an empty source.
+    The draw has a fixed seed and does not look at the answers. Raises DataError for a source without
+    a picture that has a caption.
     """
-    from siglip2.data import EvalLoader
+    from siglip2.data.loader import EvalLoader
+    from siglip2.data.sources import iterate
+    from siglip2.data.types import Example
 
-    with inference(model):
+    out = []
+    for name, source in sources.items():
         loader = EvalLoader(source, transform, batch_size=batch_size, max_images=max_images)
-        found = embed_images(model, loader)
-        scripts = choose_languages(found.captions, limit=max_languages)
-        if not scripts:
-            raise DataError(f"no picture with a caption to show in source {name!r}")
-        wanted = [{x: c[x] for x in scripts if x in c} for c in found.captions]
-        texts = embed_texts(model, wanted, tokenizer, batch_size=batch_size)
-        tables = {x: text_groups(found.captions, found.groups, x) for x in scripts}
-        by_caption = _by_caption(
-            found, texts, tables, scripts, per_language=queries_per_language, k=num_hits
-        )
-        by_image = _by_image(found, texts, tables, num_images=num_images, k=3)
-    keys = {hit["key"] for query in by_caption for hit in query["hits"]}
-    keys |= {card["key"] for card in by_image}
-    pictures = {x.key: thumbnail(x.image) for x in source if x.key in keys}
-    num_texts = {language: len(table) for language, table in tables.items()}
-    return Gallery(name, len(found.keys), num_texts, by_caption, by_image, pictures)
+        with inference(model):
+            part = _collect(model, loader, tokenizer, name=name, max_languages=max_languages)
+        for example in iterate(source):
+            if isinstance(example, Example) and example.key in part.pictures:
+                part.pictures[example.key] = thumbnail(example.image)
+        out.append(part)
+    return Gallery(out)

@@ -1,12 +1,15 @@
 """Exact image-text retrieval: recall at k in both directions, for groups of any size.
 
-An image and a text are positives of one another when they share a group. A query's rank is the number of
-negatives that score at least as high as its best positive, so a tie counts against the model:
+An image and a text are positives of one another when they share a group. A query's rank is the
+number of negatives that score at least as high as its best positive, so a tie counts against the
+model:
 
-    rank(q) = #{ j negative : s(q, j) >= max_{p positive} s(q, p) - eps },     R@k = mean_q [rank(q) < k]
+    rank(q) = #{ j negative : s(q, j) >= max_{p positive} s(q, p) - eps }
+    R@k     = mean_q [rank(q) < k]
 
-eps = sqrt(D) * 2^-23 is the rounding of a float32 dot product of unit vectors. Without it a model that maps
-everything to one point would be ranked by where the matrix product cut its tiles; with it its recall is 0.
+eps = sqrt(D) * 2^-23 is the rounding of a float32 dot product of unit vectors. Without it a model
+that maps everything to one point would be ranked by where the matrix product cut its tiles; with
+it its recall is 0.
 """
 
 import math
@@ -83,7 +86,7 @@ def _membership(queries: Groups, items: Groups, device: torch.device) -> _Member
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Matrix products of float32 in float32: TF32 moves a score by 1e-3, which reorders neighbours."""
+    """Matrix products of float32 in float32: TF32 keeps 10 bits, too few to order neighbours."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -100,8 +103,9 @@ def check_finite(
     bad = ~torch.isfinite(z).all(dim=1)
     if bool(bad.any()):
         raise ValueError(
-            f"need finite {what} embeddings; {int(bad.sum())} of {len(z)} hold NaN or infinity, the first is"
-            f" number {int(bad.int().argmax())}. The model has diverged: take an earlier checkpoint"
+            f"need finite {what} embeddings; {int(bad.sum())} of {len(z)} hold NaN or infinity, the"
+            f" first is number {int(bad.int().argmax())}. The model has diverged: take an earlier"
+            " checkpoint"
         )
 
 
@@ -134,8 +138,8 @@ def ranks(
     if bool((counts == 0).any()):
         index = int((counts == 0).int().argmax())
         raise ValueError(
-            f"need a positive for every query; number {index} (group {query_groups[index]!r}) shares its group with"
-            " none. Leave such queries out"
+            f"need a positive for every query; number {index} (group {query_groups[index]!r})"
+            " shares its group with none. Leave such queries out"
         )
     return Ranks(torch.cat(rank), counts)
 
@@ -166,11 +170,12 @@ def retrieval_recall(
     """Recall at each k, images to texts and back; a hit is any item of one of the query's groups.
 
     Args:
-        img_groups, txt_groups: N and M groups. An item may have several: a caption that two concepts share
-            should be one text with both groups, since as two texts each would be the other's hard negative.
+        img_groups, txt_groups: N and M groups. An item may have several: a caption that two
+            concepts share should be one text with both groups, since as two texts each would be
+            the other's hard negative.
 
-    Exact, float32, O(chunk_size * max(N, M)) memory. Raises ValueError for embeddings that are not finite, for
-    lengths that disagree and for a query without a positive.
+    Exact, float32, O(chunk_size * max(N, M)) memory. Raises ValueError for embeddings that are not
+    finite, for lengths that disagree and for a query without a positive.
     """
     if (
         img.ndim != 2

@@ -1,9 +1,9 @@
-"""Evaluation of a model on named sources: retrieval by subset and language, and zero-shot classification.
+"""Evaluation on named sources: retrieval by subset and language, and zero-shot classification.
 
-Sources are reported apart, so held-out concepts, styles and languages are sources of their own. The mean over
-languages counts those that cover at least half as many images as the best covered one (and leaves out, say, 200
-languages that only name flags); the others are reported with `in_mean` false. In a distributed run rank 0 calls
-`evaluate` and the other ranks wait: galleries are small beside a training step.
+Sources are reported apart, so held-out concepts, styles and languages are sources of their own. The
+mean over languages counts those that cover at least half as many images as the best covered one
+(and leaves out, say, 200 languages that only name flags); the others are reported with `in_mean`
+false. In a distributed run rank 0 calls `evaluate` and the other ranks wait.
 """
 
 import json
@@ -46,13 +46,16 @@ CAPTIONS_PREFIX = "captions:"  # eval.classes "captions:en": the captions are th
 
 @dataclass(frozen=True)
 class EvalResult:
-    """`sources[name][subset]` holds num_images, languages[tag], mean, and zero_shot when asked for."""
+    """`sources[name][subset]` holds languages[tag], mean, num_images and, when asked for, zero_shot.
+
+    num_images is the best covered language's.
+    """
 
     sources: dict[str, dict[str, dict[str, Any]]]
     num_parameters: int
     device: str
 
-    def flat(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Flat scalars: `val/<source>/<subset>/<language or mean>/i2t_r1`, `.../zero_shot/top1`."""
         flat = {}
         for source, subsets in self.sources.items():
@@ -72,11 +75,11 @@ class EvalResult:
             "num_parameters": self.num_parameters,
             "device": self.device,
             "sources": self.sources,
-            "metrics": self.flat(),
+            "metrics": self.metrics(),
         }
 
     def write_json(self, path: str | Path) -> Path:
-        """Write everything as JSON; a reader sees the old file or the new one, never half of one."""
+        """Write everything as JSON; a reader sees the old file or the new one, never half."""
         path = Path(path)
         beside = path.with_name(f".{path.name}.partial")
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
@@ -140,7 +143,7 @@ def _subset(found: EmbeddedImages, texts: TextTable, *, chunk_size: int) -> dict
     names = [name for name, value in counted[0].items() if type(value) is float]
     mean = {name: sum(values[name] for values in counted) / len(counted) for name in names}
     return {
-        "num_images": len(found.keys),
+        "num_images": most,
         "languages": languages,
         "mean": {**mean, "num_languages": len(counted)},
     }
@@ -221,14 +224,15 @@ def evaluate(
 
     Args:
         sources: Name -> source, as `siglip2.data.open_source` returns it.
-        config: `classes` is a JSON file (`read_classes`), or "captions:en" to take the captions of a language as
-            the classes. An image of none of the classes is left out and counted in `num_without_class`.
+        config: `classes` is a JSON file (`read_classes`), or "captions:en" to take the captions of
+            a language as the classes. An image of none of the classes is left out and counted in
+            `num_without_class`.
         progress: Called with a short sentence now and then.
 
-    The model is put in evaluation mode and back. Raises DataError for a source without images or captions and
-    ValueError when embeddings are not finite.
+    The model is put in evaluation mode and back. Raises DataError for a source without images or
+    captions and ValueError when embeddings are not finite.
     """
-    from siglip2.data import EvalLoader
+    from siglip2.data.loader import EvalLoader
 
     def say(text: str) -> None:
         if progress:

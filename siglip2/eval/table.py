@@ -6,30 +6,35 @@ _COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "chanc
 _HEADS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "chance R@1")
 
 
-def _rows(result: EvalResult, max_languages: int) -> list[tuple[str, ...]]:
+def _rows(result: EvalResult, language: str | None, max_languages: int) -> list[tuple[str, ...]]:
     rows = [("source", "subset", "language", "images", *_HEADS)]
     for source, subsets in result.sources.items():
         for subset, found in subsets.items():
             mean = found["mean"]
             lines = [(f"mean of {mean['num_languages']}", found["num_images"], mean)]
-            languages = list(found["languages"].items())
-            for tag, values in languages[:max_languages]:
-                mark = "" if values["in_mean"] else " *"
-                lines.append((tag + mark, values["num_images"], values))
+            languages = found["languages"]
+            shown = {x: v for x, v in languages.items() if v["in_mean"]}
+            if language is not None:
+                shown = {x: v for x, v in languages.items() if x == language}
+            lines += [(x, v["num_images"], v) for x, v in list(shown.items())[:max_languages]]
             for tag, num_images, values in lines:
-                shown = (f"{100 * values[column]:.1f}" for column in _COLUMNS)
-                rows.append((source, subset, tag, str(num_images), *shown))
-            if len(languages) > max_languages:
-                rows.append((source, subset, f"{len(languages) - max_languages} more", *[""] * 8))
+                numbers = (f"{100 * values[column]:.1f}" for column in _COLUMNS)
+                rows.append((source, subset, tag, str(num_images), *numbers))
+            hidden = len(languages) - (len(lines) - 1)
+            if hidden and language is None:
+                rows.append((source, subset, f"({hidden} more)", *[""] * 8))
     return rows
 
 
-def format_table(result: EvalResult, *, max_languages: int = 20) -> str:
+def format_table(
+    result: EvalResult, *, language: str | None = None, max_languages: int = 20
+) -> str:
     """Recalls in percent, a line for each source, subset and language; then zero-shot accuracies.
 
-    Languages marked * cover few images and are not in the mean.
+    `language` shows only that one beside the mean; else the languages that count in it, at most
+    `max_languages`.
     """
-    rows = _rows(result, max_languages)
+    rows = _rows(result, language, max_languages)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -38,8 +43,6 @@ def format_table(result: EvalResult, *, max_languages: int = 20) -> str:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  ".join(cells).rstrip())
-    if any(row[2].endswith("*") for row in rows):
-        lines.append("* covers few images; not in the mean")
     for source, subsets in result.sources.items():
         for subset, found in subsets.items():
             if "zero_shot" in found:
@@ -49,3 +52,7 @@ def format_table(result: EvalResult, *, max_languages: int = 20) -> str:
                     f" of {z['num_images']} images, {z['num_classes']} classes"
                 )
     return "\n".join(lines)
+
+
+def print_result(result: EvalResult, *, language: str | None = None) -> None:
+    print(format_table(result, language=language))

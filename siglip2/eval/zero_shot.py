@@ -1,8 +1,8 @@
-"""Zero-shot classification: a linear classifier made of text embeddings, as CLIP and SigLIP 2 are scored.
+"""Zero-shot classification: a linear classifier made of text embeddings.
 
-Each class is the normalised mean of the unit embeddings of its prompts. Prompts are canonicalised as in big_vision's
-evaluator (underscores to spaces, ASCII punctuation removed, lower case), which for captions the model was trained on
-is not what training did: retrieval does not canonicalise.
+Each class is the normalised mean of the unit embeddings of its prompts. Prompts are canonicalised
+as in big_vision's evaluator (underscores to spaces, ASCII punctuation removed, lower case). Training
+only lower-cases, so retrieval does not canonicalise.
 """
 
 import json
@@ -25,7 +25,7 @@ _NO_PUNCTUATION = str.maketrans({"_": " "} | {c: "" for c in string.punctuation 
 
 
 class ClassSet(NamedTuple):
-    """What to tell apart. `labels` are what the data calls the classes, `names` what the prompts say."""
+    """What to tell apart: `labels` are the data's words for it, `names` the prompts'."""
 
     labels: tuple[str, ...]
     names: tuple[str, ...]
@@ -64,7 +64,8 @@ def zero_shot_classifier(
     """
     if not classnames or not templates:
         raise ValueError(
-            f"need class names and templates; got {len(classnames)} names, {len(templates)} templates"
+            f"need class names and templates; got {len(classnames)} names,"
+            f" {len(templates)} templates"
         )
     prompts = [_prompt(template, name) for name in classnames for template in templates]
     owner = torch.arange(len(classnames), device=model.device).repeat_interleave(len(templates))
@@ -87,9 +88,9 @@ def classify(
 ) -> Tensor:  # (N, C)
     """Class scores.
 
-    "softmax": shares of one; the bias cancels. "sigmoid": for each class by itself, how likely image and text
-    belong together, as the loss was trained; the columns do not sum to one and all may be near zero.
-    Both order the classes in the same way.
+    "softmax": shares of one; the bias cancels. "sigmoid": for each class by itself, how likely image
+    and text belong together, as the loss was trained; rows do not sum to one and may be all near
+    zero. Both order the classes in the same way.
     """
     if activation not in ("softmax", "sigmoid"):
         raise ValueError(f"need activation 'softmax' or 'sigmoid'; got {activation!r}")
@@ -117,8 +118,8 @@ def top_k_accuracy(
 def read_classes(path: str | Path) -> ClassSet:
     """Classes from a JSON file `{"classes": [...], "templates": [...]}`.
 
-    "classes" may also map the data's labels to names (`{"n01440764": "tench"}`). Templates default to "{}".
-    Raises DataError when the file is not that.
+    "classes" may also map the data's labels to names (`{"n01440764": "tench"}`). Templates default
+    to "{}". Raises DataError when the file is not that.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -132,8 +133,8 @@ def read_classes(path: str | Path) -> ClassSet:
     words = [word for pair in pairs for word in pair] + (templates or [])
     if not pairs or not templates or not all(isinstance(word, str) for word in words):
         raise DataError(
-            f'eval.classes: need {{"classes": [names], "templates": ["a photo of a {{}}"]}} of strings, not empty, in'
-            f" {path}"
+            'eval.classes: need {"classes": [names], "templates": ["a photo of a {}"]} of strings,'
+            f" not empty, in {path}"
         )
     return ClassSet(*map(tuple, zip(*pairs, strict=True)), templates=tuple(templates))
 
@@ -149,7 +150,7 @@ def classes_from_captions(captions: Iterable[Mapping[str, str]], language: str) 
 def targets(
     classes: ClassSet, captions: Sequence[Mapping[str, str]], groups: Sequence[str]
 ) -> Tensor:  # (N,) int64; -1 where the image is of no class
-    """Class of each image: the one whose label or name is its group or one of its captions, canonicalised."""
+    """Class of each image: its group or one of its captions is the class's label or name."""
     index = {canonicalize(name): i for i, name in enumerate(classes.names)}
     index |= {canonicalize(label): i for i, label in enumerate(classes.labels)}
     found = []

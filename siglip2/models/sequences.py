@@ -8,6 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Group(NamedTuple):
+    """The sequences of one length."""
+
+    which: Tensor  # (b,) int64: their numbers
+    rows: Tensor  # (b * length,) int64: their tokens
+
+
 class Sequences(NamedTuple):
     """Bounds of packed sequences, made once a step and shared by every layer.
 
@@ -17,7 +24,7 @@ class Sequences(NamedTuple):
     cu_seqlens: Tensor  # (B+1,) int32, device
     max_seqlen: int
     lengths: tuple[int, ...]  # host copy
-    groups: tuple[tuple[int, Tensor], ...] = ()  # (length, token rows (b * length,) int64)
+    groups: tuple[Group, ...] = ()
 
     @property
     def is_uniform(self) -> bool:
@@ -41,12 +48,12 @@ def ragged(lengths: Sequence[int], device: torch.device) -> Sequences:
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
     cu_seqlens = F.pad(sizes.cumsum(0), (1, 0)).to(device, torch.int32)
-    groups = tuple(
-        (n, (starts[sizes == n][:, None] + torch.arange(n)).flatten().to(device))
-        for n in sorted(set(lengths))
-        if n > 0
-    )
-    return Sequences(cu_seqlens, max(lengths), tuple(lengths), groups)
+    groups = []
+    for length in sorted(set(lengths) - {0}):
+        which = torch.tensor([i for i, n in enumerate(lengths) if n == length])
+        rows = (starts[which][:, None] + torch.arange(length)).flatten()
+        groups.append(Group(which.to(device), rows.to(device)))
+    return Sequences(cu_seqlens, max(lengths), tuple(lengths), tuple(groups))
 
 
 def attention(
@@ -64,9 +71,8 @@ def attention(
         cu, longest = seqs.cu_seqlens, seqs.max_seqlen
         return varlen_attn(q, k, v, cu, cu, longest, longest)
     out = torch.zeros_like(q)
-    for length, rows in seqs.groups:
-        num = rows.shape[0] // length
-        out = out.index_copy(0, rows, _dense(q[rows], k[rows], v[rows], num))
+    for which, rows in seqs.groups:
+        out = out.index_copy(0, rows, _dense(q[rows], k[rows], v[rows], len(which)))
     return out
 
 
@@ -80,9 +86,7 @@ def pool_attention(
     if seqs.is_uniform:
         return _dense_pool(q, k, v, len(seqs.lengths))
     out = k.new_zeros(len(seqs.lengths), *q.shape)
-    sizes = torch.tensor(seqs.lengths)
-    for length, rows in seqs.groups:
-        which = (sizes == length).nonzero()[:, 0].to(k.device)
+    for which, rows in seqs.groups:
         out = out.index_copy(0, which, _dense_pool(q, k[rows], v[rows], len(which)))
     return out
 

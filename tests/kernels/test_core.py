@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+
 from siglip2_kernels._core.backend import choose, explain, has_triton, no_triton
 from siglip2_kernels._core.chunks import row_chunks
 from siglip2_kernels._core.matmul import addmm_f32_, mm_f32
@@ -28,7 +29,9 @@ def test_choose_never_falls_back_from_a_name():
 
 
 def test_choose_rejects_unknown_names():
-    with pytest.raises(ValueError, match="one of 'cuda', 'triton', 'chunked', 'reference'; got 'x'"):
+    with pytest.raises(
+        ValueError, match="one of 'cuda', 'triton', 'chunked', 'reference'; got 'x'"
+    ):
         choose("x", ALL, CUDA)
 
 
@@ -51,7 +54,9 @@ def test_no_triton_without_a_gpu_or_the_interpreter():
     # Under the interpreter CPU tensors run, apart from bfloat16; the interpreter tier shows it.
     x = torch.zeros(2, dtype=torch.bfloat16)
     assert has_triton()
-    assert "interpreter multiplies bfloat16" in no_triton(x) or "CUDA tensor, got cpu" in no_triton(x)
+    assert "interpreter multiplies bfloat16" in no_triton(x) or "CUDA tensor, got cpu" in no_triton(
+        x
+    )
 
 
 ABSENT = """
@@ -72,7 +77,9 @@ except NotImplementedError as error:
 
 def test_works_where_triton_is_absent():
     done = subprocess.run([sys.executable, "-c", ABSENT], capture_output=True, text=True)
-    assert done.stdout.strip() == "backend 'triton': needs the package 'triton' (pip install triton)"
+    assert (
+        done.stdout.strip() == "backend 'triton': needs the package 'triton' (pip install triton)"
+    )
 
 
 def test_importing_the_package_does_not_import_triton_kernels():
@@ -83,7 +90,9 @@ def test_importing_the_package_does_not_import_triton_kernels():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("rows, columns, most, multiple", [(10, 7, 21, 1), (300, 5, 100, 128)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "most", "multiple"), [(10, 7, 21, 1), (300, 5, 100, 128)]
+)
 def test_row_chunks_cover_each_row_once_within_the_bound(rows, columns, most, multiple):
     chunks = list(row_chunks(rows, columns, most, multiple))
     assert [i for start, stop in chunks for i in range(start, stop)] == list(range(rows))
@@ -132,7 +141,7 @@ def test_lengths_may_be_a_host_tensor():
 
 
 @pytest.mark.parametrize(
-    "lengths, message",
+    ("lengths", "message"),
     [
         ([3, -1], "lengths >= 0; got -1"),
         ([2**30, 2**30], "at most 2147483647 tokens in a pack; got 2147483648"),

@@ -90,7 +90,15 @@ def antialiased_weights(size, G):  # (size, G)
     return weights / weights.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (2, 7), (7, 2), (9, 9), (1, 1), (1, 6), (3, 2)], ids=str)
+ONE_COLUMN = pytest.param(
+    (6, 1),
+    marks=pytest.mark.xfail(strict=True, reason="torch's CPU filter errs for grids of width 1"),
+)
+
+
+@pytest.mark.parametrize(
+    "grid", [(4, 4), (2, 7), (7, 2), (9, 9), (1, 1), (1, 6), (3, 2), ONE_COLUMN], ids=str
+)
 def test_positions_resample_with_an_antialiased_triangle(grid):
     table = torch.randn(4, 4, 5, dtype=torch.float64)
     h, w = grid
@@ -98,7 +106,6 @@ def test_positions_resample_with_an_antialiased_triangle(grid):
         "hi,wj,ijd->hwd", antialiased_weights(h, 4), antialiased_weights(w, 4), table
     )
     actual = resample_posemb(table, [grid])
-    # the filter's weights pass through single precision in no case: 2^10 roundings
     assert (actual.view(h, w, 5) - expected).abs().max() <= 2**10 * EPS * table.abs().max()
 
 

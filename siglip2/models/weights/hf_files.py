@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...errors import CheckpointError, require
+from ...errors import require
 from ..layers import LAYER_NORM_EPS
 from ..presets import Architecture, TowerSize, VisionConfig
 from .files import write_json
@@ -93,24 +93,24 @@ def config_files(architecture: Architecture) -> dict[str, dict[str, Any]]:
 
 
 def save_tokenizer(tokenizer: SavableTokenizer, folder: Path, text_length: int) -> None:
-    """The vocabulary, completed so that transformers' AutoTokenizer gives the ids this library
-    gives.
+    """The vocabulary, completed so that transformers' AutoTokenizer gives this library's ids.
 
     Lower-casing and the end token move into tokenizer.json; the length and right padding into its
-    config. A vocabulary that is no tokenizer.json (SentencePiece) is copied as it is.
+    config. A vocabulary that is no tokenizer.json (SentencePiece) is copied as it is. AutoTokenizer
+    rebuilds Gemma's splitting for NaFlex models (model_type siglip2) whatever the file says: a
+    vocabulary of another kind needs PreTrainedTokenizerFast there.
     """
     path = Path(tokenizer.save(folder))
     if path.name != "tokenizer.json":
         return
     tokenizers: Any = require("tokenizers", "text")
     backend = tokenizers.Tokenizer.from_file(str(path))
-    steps = [tokenizers.normalizers.Lowercase()]
-    if backend.normalizer is not None:
-        steps.append(backend.normalizer)
-    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    if not _lower_cases_first(backend.normalizer, tokenizers.normalizers):
+        steps = [tokenizers.normalizers.Lowercase()]
+        if backend.normalizer is not None:
+            steps.append(backend.normalizer)
+        backend.normalizer = tokenizers.normalizers.Sequence(steps)
     eos, pad = (backend.id_to_token(i) for i in (EOS_ID, PAD_ID))
-    if eos is None or pad is None:
-        raise CheckpointError(f"need a vocabulary with <pad> at {PAD_ID} and <eos> at {EOS_ID}")
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"$A {eos}", special_tokens=[(eos, EOS_ID)]
     )
@@ -128,3 +128,8 @@ def save_tokenizer(tokenizer: SavableTokenizer, folder: Path, text_length: int) 
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     write_json(folder / "tokenizer_config.json", content)
+
+
+def _lower_cases_first(normalizer: Any, kinds: Any) -> bool:
+    """As an export of ours does: a second one must not wrap it again."""
+    return isinstance(normalizer, kinds.Sequence) and isinstance(normalizer[0], kinds.Lowercase)

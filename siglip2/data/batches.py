@@ -1,0 +1,269 @@
+"""Which examples and captions make batch k: functions of the seed, so that any process can tell."""
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from siglip2.data.captions import base_language
+from siglip2.data.images import Transform
+from siglip2.data.sources import IndexedSource, ShardSource
+from siglip2.data.types import BadSampleError, Example, PackedImages
+
+# Distinguish the random streams that share a seed.
+_ORDER, _CAPTIONS, _SHARDS, _BUFFER = range(4)
+
+
+def stable_id(group: str) -> int:
+    """63-bit hash that is the same in every process and run."""
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Prepared(NamedTuple):
+    """An example after decoding and resizing."""
+
+    image: Tensor | PackedImages  # uint8
+    captions: tuple[tuple[str, str], ...]  # (language, text)
+    group_id: int
+    tokens: dict[str, Tensor]  # language -> ids, filled as they are drawn where batches are cached
+
+
+class RawBatch(NamedTuple):
+    """A batch as a reader process sends it: images in uint8, and what was skipped on the way."""
+
+    image: Tensor | PackedImages | None
+    text: Tensor | None  # (B * captions_per_image, L)
+    image_ids: Tensor | None
+    text_ids: Tensor | None
+    languages: list[str]
+    skipped: list[BadSampleError]
+    cursor: tuple[int, int, int] | None = None  # reader, epoch, examples taken of it
+    failure: str | None = None  # why there is no batch
+
+
+class Batcher:
+    """Prepares examples and joins them, with captions drawn by the batch's own generator."""
+
+    def __init__(
+        self,
+        transform: Transform,
+        tokenizer: Any,
+        *,
+        captions_per_image: int,
+        seed: int,
+        rank: int,
+        cache: bool,
+    ):
+        self.transform, self.tokenizer = transform, tokenizer
+        self.captions_per_image = captions_per_image
+        self.seed, self.rank, self.cache = seed, rank, cache
+
+    def prepare(self, example: Example) -> Prepared:
+        try:
+            image = self.transform.prepare(example.image)
+        except BadSampleError as error:
+            raise BadSampleError(error.reason, example.key) from None
+        captions = tuple(example.captions.items())
+        return Prepared(image, captions, stable_id(example.group), {})
+
+    def _tokens(self, drawn: list[tuple[Prepared, int]]) -> Tensor:  # (M, L)
+        if not self.cache:
+            return self.tokenizer([p.captions[i][1] for p, i in drawn])
+        missing = {}
+        for p, i in drawn:
+            language, text = p.captions[i]
+            if language not in p.tokens:
+                missing[text] = None
+        if missing:
+            new = dict(zip(missing, self.tokenizer(list(missing)), strict=True))
+            for p, i in drawn:
+                language, text = p.captions[i]
+                if text in new:
+                    p.tokens.setdefault(language, new[text])
+        return torch.stack([p.tokens[p.captions[i][0]] for p, i in drawn])
+
+    def batch(
+        self,
+        examples: list[Prepared],
+        number: int,
+        skipped: list[BadSampleError],
+        cursor: tuple[int, int, int] | None = None,
+    ) -> RawBatch:
+        rng = np.random.default_rng([_CAPTIONS, self.seed, self.rank, number])
+        C = self.captions_per_image
+        drawn = []
+        for example in examples:
+            n = len(example.captions)
+            # Without replacement; an example with fewer captions repeats them.
+            order = [0] * C if n == 1 else np.resize(rng.permutation(n), C).tolist()
+            drawn += [(example, i) for i in order]
+        image_ids = torch.tensor([example.group_id for example in examples])
+        return RawBatch(
+            image=self.transform.stack([example.image for example in examples]),
+            text=self._tokens(drawn),
+            image_ids=image_ids,
+            text_ids=image_ids.repeat_interleave(C),
+            languages=[base_language(p.captions[i][0]) for p, i in drawn],
+            skipped=skipped,
+            cursor=cursor,
+        )
+
+
+def failed(reason: str, skipped: list[BadSampleError]) -> RawBatch:
+    return RawBatch(None, None, None, None, [], skipped, failure=reason)
+
+
+def _all_bad(name: str, count: int, skipped: list[BadSampleError]) -> str:
+    reasons = sorted({error.reason for error in skipped})
+    return f"none of the {count} examples of {name!r} can be used: {', '.join(reasons)}"
+
+
+class IndexedBatches(Dataset):
+    """Batch k of a rank holds places [(k * W + rank) * B, + B) of endless shuffled epochs.
+
+    A bad example is replaced by the next good one half an epoch further on, so that batch k does
+    not depend on what was read before it.
+    """
+
+    def __init__(
+        self, source: IndexedSource, batcher: Batcher, *, batch_size: int, world_size: int
+    ):
+        self.source, self.batcher = source, batcher
+        self.batch_size, self.world_size = batch_size, world_size
+        self._orders: dict[int, np.ndarray] = {}
+        self._known: dict[int, Prepared | BadSampleError] = {}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            if len(self._orders) > 1:
+                del self._orders[min(self._orders)]
+            rng = np.random.default_rng([_ORDER, self.batcher.seed, epoch])
+            self._orders[epoch] = rng.permutation(len(self.source))
+        return self._orders[epoch]
+
+    def _prepared(self, index: int) -> Prepared | BadSampleError:
+        if index in self._known:
+            return self._known[index]
+        try:
+            found = self.batcher.prepare(self.source[index])
+        except BadSampleError as error:
+            found = BadSampleError(error.reason, error.key)  # drops the traceback and its frames
+        if self.batcher.cache or isinstance(found, BadSampleError):
+            self._known[index] = found
+        return found
+
+    def _candidates(self, place: int) -> Iterator[int]:
+        N = len(self.source)
+        epoch, at = divmod(place, N)
+        order = self._order(epoch)
+        yield int(order[at])
+        for step in range(N):
+            yield int(order[(at + N // 2 + step) % N])
+
+    def __getitem__(self, number: int) -> RawBatch:
+        first = (number * self.world_size + self.batcher.rank) * self.batch_size
+        examples: list[Prepared] = []
+        skipped: list[BadSampleError] = []
+        for place in range(first, first + self.batch_size):
+            for index in self._candidates(place):
+                found = self._prepared(index)
+                if isinstance(found, Prepared):
+                    examples.append(found)
+                    break
+                skipped.append(found)
+            else:
+                return failed(_all_bad(self.source.name, len(self.source), skipped), skipped)
+        return self.batcher.batch(examples, number, skipped)
+
+
+class StreamedBatches(IterableDataset):
+    """Batches of streamed shards: reader r of R takes every R-th of each epoch's shuffled shards.
+
+    `start` is the number of the next batch, `cursors` say how far each of this rank's readers got;
+    what an epoch already gave is replayed without decoding.
+    """
+
+    def __init__(
+        self,
+        source: ShardSource,
+        batcher: Batcher,
+        *,
+        batch_size: int,
+        world_size: int,
+        readers: int,
+        shuffle_buffer: int,
+        start: int = 0,
+        cursors: dict[int, tuple[int, int]] | None = None,
+    ):
+        self.source, self.batcher = source, batcher
+        self.batch_size, self.readers = batch_size, readers  # readers of this rank
+        self.all_readers = world_size * readers
+        self.shuffle_buffer = shuffle_buffer
+        self.start, self.cursors = start, cursors or {}
+
+    def _shards(self, reader: int, epoch: int) -> Iterator[str]:
+        shards, seed = self.source.shards, self.batcher.seed
+        if not self.source.resampled:
+            order = np.random.default_rng([_SHARDS, seed, epoch]).permutation(len(shards))
+            yield from (shards[i] for i in order[reader :: self.all_readers])
+            return
+        rng = np.random.default_rng([_SHARDS, seed, epoch, reader])
+        draws = -(-len(shards) // self.all_readers)
+        while draws > 0 or self.source.train_num_samples is not None:
+            yield shards[int(rng.integers(len(shards)))]
+            draws -= 1
+
+    def _read(self, reader: int, epoch: int) -> Iterator[Example | BadSampleError]:
+        """One reader's epoch, shuffled through a buffer of encoded examples."""
+        rng = np.random.default_rng([_BUFFER, self.batcher.seed, epoch, reader])
+        buffer: list[Example | BadSampleError] = []
+        for shard in self._shards(reader, epoch):
+            for item in self.source.read(shard):
+                if len(buffer) < self.shuffle_buffer:
+                    buffer.append(item)
+                    continue
+                at = int(rng.integers(len(buffer)))
+                yield buffer[at]
+                buffer[at] = item
+        yield from (buffer[i] for i in rng.permutation(len(buffer)))
+
+    def _epoch(self, reader: int, epoch: int, taken: int) -> Iterator[Example | BadSampleError]:
+        limit = self.source.train_num_samples
+        if limit is not None:
+            limit = -(-limit // self.all_readers)
+        return islice(self._read(reader, epoch), taken, limit)
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        worker = get_worker_info()
+        local = ((worker.id if worker else 0) + self.start) % self.readers
+        number = self.start + (local - self.start) % self.readers
+        reader = self.batcher.rank * self.readers + local
+        epoch, taken = self.cursors.get(local, (0, 0))
+        examples: list[Prepared] = []
+        skipped: list[BadSampleError] = []
+        good = taken > 0  # a replayed part was good enough once
+        while True:
+            for item in self._epoch(reader, epoch, taken):
+                taken += 1
+                try:
+                    if isinstance(item, BadSampleError):
+                        raise item
+                    examples.append(self.batcher.prepare(item))
+                    good = True
+                except BadSampleError as error:
+                    skipped.append(BadSampleError(error.reason, error.key))
+                    continue
+                if len(examples) == self.batch_size:
+                    cursor = (local, epoch, taken)
+                    yield self.batcher.batch(examples, number, skipped, cursor)
+                    number += self.readers
+                    examples, skipped = [], []
+            if not good:
+                yield failed(_all_bad(self.source.name, taken, skipped), skipped)
+                return
+            epoch, taken, good = epoch + 1, 0, False

@@ -1,0 +1,294 @@
+"""Endless training batches that resume exactly, and one ordered pass for evaluation."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from siglip2.data.batches import Batcher, IndexedBatches, RawBatch, StreamedBatches
+from siglip2.data.images import Transform
+from siglip2.data.skipped import Skipped, _log
+from siglip2.data.sources import ShardSource, Source, iterate
+from siglip2.data.types import BadSampleError, Example, PackedImages
+from siglip2.errors import DataError
+
+
+class TrainLoader:
+    """Endless iterator of {"image", "text", "image_ids", "text_ids", "languages"}.
+
+    image: float (B, 3, H, W) in [-1, 1], or PackedImages in uint8.  text: ids (B * C, L) with C =
+    captions_per_image; the captions of image i are rows [i * C, (i + 1) * C).  Equal ids mark
+    positives: examples of one group have one id, the same in every process.
+
+    Batches are full and a function of (seed, rank, world_size, number), whatever `workers` is (for
+    streamed shards they depend on it).  Bad examples are skipped and counted (`report`).
+
+    Args:
+        workers: Reader processes; 0 reads here. Streamed shards get no more readers than shards.
+        shuffle_buffer: Encoded examples each reader of streamed shards holds.
+        cache_images: Keep prepared images and token ids in memory; reads in this process.
+
+    Raises DataError: too few shards, a state of another run, or no example that can be used.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        captions_per_image: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        shuffle_buffer: int = 10_000,
+        cache_images: bool = False,
+    ):
+        if min(batch_size, captions_per_image, world_size, shuffle_buffer) < 1 or workers < 0:
+            raise DataError(
+                "need batch_size, captions_per_image, shuffle_buffer >= 1 and workers >= 0; got "
+                f"{batch_size}, {captions_per_image}, {shuffle_buffer}, {workers}"
+            )
+        self.source, self.transform = source, transform
+        self.batch_size, self.seed = batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.shuffle_buffer = shuffle_buffer
+        self.workers = _usable_workers(source, workers, world_size, cache_images)
+        self._batcher = Batcher(
+            transform,
+            tokenizer,
+            captions_per_image=captions_per_image,
+            seed=seed,
+            rank=rank,
+            cache=cache_images,
+        )
+        self._indexed = None
+        if not isinstance(source, ShardSource):
+            self._indexed = IndexedBatches(
+                source, self._batcher, batch_size=batch_size, world_size=world_size
+            )
+        self._batches: Iterator[RawBatch] | None = None
+        self._number = 0  # batches consumed, not those prefetched
+        self._cursors: dict[int, tuple[int, int]] = {}
+        self._skipped = Skipped(source.name)
+
+    @property
+    def _readers(self) -> int:
+        return max(self.workers, 1)
+
+    def _start(self) -> Iterator[RawBatch]:
+        if self.workers:
+            # Silences tokenizers' warning that its threads do not survive a fork.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if self._indexed is not None:
+            if not self.workers:
+                return map(self._indexed.__getitem__, count(self._number))
+            return self._read_ahead(self._indexed, sampler=count(self._number))
+        batches = StreamedBatches(
+            self.source,
+            self._batcher,
+            batch_size=self.batch_size,
+            world_size=self.world_size,
+            readers=self._readers,
+            shuffle_buffer=self.shuffle_buffer,
+            start=self._number,
+            cursors=self._cursors,
+        )
+        if not self.workers:
+            return iter(batches)
+        return self._read_ahead(batches)
+
+    def _read_ahead(self, batches: Dataset, **options: Any) -> Iterator[RawBatch]:
+        # A generator of its own, or workers would draw their seeds from the training process's.
+        return iter(
+            DataLoader(
+                batches,
+                batch_size=None,
+                num_workers=self.workers,
+                generator=torch.Generator(),
+                **options,
+            )
+        )
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._batches is None:
+            self._batches = self._start()
+        raw = next(self._batches)
+        self._skipped.add(raw.skipped)
+        if raw.failure is not None:
+            raise DataError(raw.failure)
+        self._number += 1
+        if raw.cursor is not None:
+            reader, *cursor = raw.cursor
+            self._cursors[reader] = tuple(cursor)
+        return {
+            "image": self.transform.finish(raw.image),
+            "text": raw.text,
+            "image_ids": raw.image_ids,
+            "text_ids": raw.text_ids,
+            "languages": raw.languages,
+        }
+
+    def report(self) -> dict[str, int]:
+        """Examples skipped so far, by reason (of all workers of this rank)."""
+        return dict(self._skipped.counts)
+
+    def _identity(self) -> dict[str, Any]:
+        found = {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+        }
+        if self._indexed is not None:
+            return {**found, "examples": len(self.source)}
+        return {**found, "shards": len(self.source.shards), "readers": self._readers}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a fresh loader needs to go on after the last batch that was consumed."""
+        return {
+            **self._identity(),
+            "batches": self._number,
+            "cursors": {str(k): list(v) for k, v in self._cursors.items()},
+            "skipped": self.report(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. Raises DataError if it belongs to a different run."""
+        mine = self._identity()
+        other = {key: state.get(key) for key in mine if state.get(key) != mine[key]}
+        if other:
+            changed = ", ".join(f"{k} {v} -> {mine[k]}" for k, v in other.items())
+            raise DataError(
+                f"cannot resume the data of {self.source.name!r} exactly: {changed}. Use the "
+                "values the run was started with, or start a new run from its weights (model.pretrained)."
+            )
+        self.close()
+        self._number = state["batches"]
+        self._cursors = {int(k): tuple(v) for k, v in state["cursors"].items()}
+        self._skipped.counts.clear()
+        self._skipped.counts.update(state["skipped"])
+
+    def close(self) -> None:
+        """End the reader processes; the next batch starts them again."""
+        self._batches = None
+
+
+def _usable_workers(source: Source, workers: int, world_size: int, cache_images: bool) -> int:
+    if not isinstance(source, ShardSource):
+        return 0 if cache_images else workers
+    if cache_images:
+        raise DataError(
+            f"data.cache_images needs a source that fits in memory; {source.name!r} is streamed"
+        )
+    shards = len(source.shards)
+    readers = world_size * max(workers, 1)
+    if source.resampled or readers <= shards:
+        return workers
+    said = (
+        f"{shards} shards for {world_size} ranks x {max(workers, 1)} workers ({readers} readers of "
+        f"{source.name!r})"
+    )
+    if shards < world_size:
+        raise DataError(
+            f"{said}: each rank needs a shard. Write more shards, use fewer ranks, or set "
+            "data.resampled=true."
+        )
+    workers = shards // world_size
+    _log.warning("%s: using data.workers=%d; data.resampled=true would use all", said, workers)
+    return workers
+
+
+class EvalBatch(NamedTuple):
+    image: Tensor | PackedImages  # float (B, 3, H, W) in [-1, 1], or packed uint8
+    captions: list[dict[str, str]]  # language -> caption
+    groups: list[str]
+    subsets: list[str]
+    keys: list[str]
+    indices: list[int]  # place among the good examples
+
+
+class EvalLoader:
+    """One ordered pass over a source each time it is iterated; bad examples are counted.
+
+    `workers` threads decode (Pillow releases the interpreter's lock). Raises DataError if no
+    example can be used.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        max_images: int | None = None,
+        workers: int = 0,
+    ):
+        self.source, self.transform = source, transform
+        self.batch_size, self.max_images, self.workers = batch_size, max_images, workers
+        self._skipped = Skipped(source.name)
+
+    def report(self) -> dict[str, int]:
+        """Examples the last pass skipped, by reason."""
+        return dict(self._skipped.counts)
+
+    def _prepare(self, item: Example | BadSampleError) -> Any:
+        if isinstance(item, BadSampleError):
+            return item
+        try:
+            return item, self.transform.prepare(item.image)
+        except BadSampleError as error:
+            return BadSampleError(error.reason, item.key)
+
+    def _good(self) -> Iterator[tuple[Example, Any]]:
+        pool = ThreadPoolExecutor(self.workers) if self.workers else None
+        items = iterate(self.source)
+        try:
+            while chunk := list(islice(items, self.batch_size)):
+                done = pool.map(self._prepare, chunk) if pool else map(self._prepare, chunk)
+                for found in done:
+                    if isinstance(found, BadSampleError):
+                        self._skipped.add([found])
+                    else:
+                        yield found
+        finally:
+            if pool:
+                pool.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        self._skipped = Skipped(self.source.name)
+        batch: list[tuple[Example, Any]] = []
+        seen = 0
+        for found in self._good():
+            batch.append(found)
+            seen += 1
+            if len(batch) == self.batch_size or seen == self.max_images:
+                yield self._collate(batch, seen)
+                batch = []
+            if seen == self.max_images:
+                return
+        if batch:
+            yield self._collate(batch, seen)
+        if not seen:
+            reasons = ", ".join(sorted(self._skipped.counts)) or "it is empty"
+            raise DataError(f"no example of {self.source.name!r} can be used: {reasons}")
+
+    def _collate(self, batch: list[tuple[Example, Any]], seen: int) -> EvalBatch:
+        examples = [example for example, _ in batch]
+        return EvalBatch(
+            image=self.transform.finish(self.transform.stack([image for _, image in batch])),
+            captions=[dict(example.captions) for example in examples],
+            groups=[example.group for example in examples],
+            subsets=[example.subset for example in examples],
+            keys=[example.key for example in examples],
+            indices=list(range(seen - len(batch), seen)),
+        )
