@@ -53,6 +53,7 @@ class DataConfig:
     resampled: bool = False  # draw shards with replacement (more readers than shards)
     shuffle_buffer: int = 10_000  # encoded examples held for shuffling, per reader
     workers: int = 4  # reader processes; 0 reads in the training process
+    keep_groups: bool = False  # images of one group come in one batch, as positives of one another
     cache_images: bool = False  # keep prepared images in memory (small data sets)
     max_image_pixels: int = 100_000_000  # larger images are skipped before decoding
     image_column: str = "image"  # csv, jsonl and HF data sets

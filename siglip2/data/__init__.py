@@ -5,8 +5,8 @@ from typing import Any
 
 _HOMES = {
     "BadSampleError": "types",
-    "EvalBatch": "loader",
-    "EvalLoader": "loader",
+    "EvalBatch": "eval_loader",
+    "EvalLoader": "eval_loader",
     "Example": "types",
     "FixedTransform": "images",
     "NaflexTransform": "images",

@@ -123,18 +123,37 @@ def _all_bad(name: str, count: int, skipped: list[BadSampleError]) -> str:
     return f"none of the {count} examples of {name!r} can be used: {', '.join(reasons)}"
 
 
+def _members_of_groups(source: IndexedSource) -> list[list[int]]:
+    """Numbers of each group's examples; one that cannot be read is a group by itself."""
+    members: dict[str | int, list[int]] = {}
+    for index in range(len(source)):
+        try:
+            members.setdefault(source[index].group, []).append(index)
+        except BadSampleError:
+            members[index] = [index]
+    return list(members.values())
+
+
 class IndexedBatches(Dataset):
     """Batch k of a rank holds places [(k * W + rank) * B, + B) of endless shuffled epochs.
 
     A bad example is replaced by the next good one half an epoch further on, so that batch k does
-    not depend on what was read before it.
+    not depend on what was read before it.  With `keep_groups` an epoch is shuffled by groups, whose
+    examples stay neighbours; finding the groups reads every example once.
     """
 
     def __init__(
-        self, source: IndexedSource, batcher: Batcher, *, batch_size: int, world_size: int
+        self,
+        source: IndexedSource,
+        batcher: Batcher,
+        *,
+        batch_size: int,
+        world_size: int,
+        keep_groups: bool = False,
     ):
         self.source, self.batcher = source, batcher
         self.batch_size, self.world_size = batch_size, world_size
+        self._groups = _members_of_groups(source) if keep_groups else None
         self._orders: dict[int, np.ndarray] = {}
         self._known: dict[int, Prepared | BadSampleError] = {}
 
@@ -143,7 +162,11 @@ class IndexedBatches(Dataset):
             if len(self._orders) > 1:
                 del self._orders[min(self._orders)]
             rng = np.random.default_rng([_ORDER, self.batcher.seed, epoch])
-            self._orders[epoch] = rng.permutation(len(self.source))
+            if self._groups is None:
+                self._orders[epoch] = rng.permutation(len(self.source))
+            else:
+                shuffled = rng.permutation(len(self._groups))
+                self._orders[epoch] = np.concatenate([self._groups[g] for g in shuffled])
         return self._orders[epoch]
 
     def _prepared(self, index: int) -> Prepared | BadSampleError:

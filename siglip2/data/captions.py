@@ -41,7 +41,7 @@ def parse_captions(value: Any, language: str = UNKNOWN_LANGUAGE) -> dict[str, st
 
 def captions_of_record(record: Mapping[str, Any], caption_key: str | None = None) -> dict[str, str]:
     """Captions of a record or row: in `caption_key`, the usual keys, or caption_<language>."""
-    language = record.get("language") or UNKNOWN_LANGUAGE
+    language = str(record.get("language") or UNKNOWN_LANGUAGE)
     for key in (caption_key, *_CAPTION_KEYS):
         if key is not None and (found := parse_captions(record.get(key), language)):
             return found

@@ -1,20 +1,17 @@
-"""Endless training batches that resume exactly, and one ordered pass for evaluation."""
+"""Endless training batches that resume exactly."""
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count, islice
-from typing import Any, NamedTuple
+from itertools import count
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from siglip2.data.batches import Batcher, IndexedBatches, RawBatch, StreamedBatches
 from siglip2.data.images import Transform
 from siglip2.data.skipped import Skipped, _log
-from siglip2.data.sources import ShardSource, Source, iterate
-from siglip2.data.types import BadSampleError, Example, PackedImages
+from siglip2.data.sources import ShardSource, Source
 from siglip2.errors import DataError
 
 
@@ -32,6 +29,7 @@ class TrainLoader:
         workers: Reader processes; 0 reads here. Streamed shards get no more readers than shards.
         shuffle_buffer: Encoded examples each reader of streamed shards holds.
         cache_images: Keep prepared images and token ids in memory; reads in this process.
+        keep_groups: Images of one group (drawings of one thing) come in one batch.
 
     Raises DataError: too few shards, a state of another run, or no example that can be used.
     """
@@ -50,6 +48,7 @@ class TrainLoader:
         workers: int = 0,
         shuffle_buffer: int = 10_000,
         cache_images: bool = False,
+        keep_groups: bool = False,
     ):
         if min(batch_size, captions_per_image, world_size, shuffle_buffer) < 1 or workers < 0:
             raise DataError(
@@ -72,7 +71,15 @@ class TrainLoader:
         self._indexed = None
         if not isinstance(source, ShardSource):
             self._indexed = IndexedBatches(
-                source, self._batcher, batch_size=batch_size, world_size=world_size
+                source,
+                self._batcher,
+                batch_size=batch_size,
+                world_size=world_size,
+                keep_groups=keep_groups,
+            )
+        elif keep_groups:
+            raise DataError(
+                f"data.keep_groups needs a source whose examples are at hand; {source.name!r} is streamed"
             )
         self._batches: Iterator[RawBatch] | None = None
         self._number = 0  # batches consumed, not those prefetched
@@ -170,7 +177,7 @@ class TrainLoader:
             changed = ", ".join(f"{k} {v} -> {mine[k]}" for k, v in other.items())
             raise DataError(
                 f"cannot resume the data of {self.source.name!r} exactly: {changed}. Use the "
-                "values the run was started with, or start a new run from its weights (model.pretrained)."
+                "values the run started with, or start afresh from its weights (model.pretrained)."
             )
         self.close()
         self._number = state["batches"]
@@ -206,89 +213,3 @@ def _usable_workers(source: Source, workers: int, world_size: int, cache_images:
     workers = shards // world_size
     _log.warning("%s: using data.workers=%d; data.resampled=true would use all", said, workers)
     return workers
-
-
-class EvalBatch(NamedTuple):
-    image: Tensor | PackedImages  # float (B, 3, H, W) in [-1, 1], or packed uint8
-    captions: list[dict[str, str]]  # language -> caption
-    groups: list[str]
-    subsets: list[str]
-    keys: list[str]
-    indices: list[int]  # place among the good examples
-
-
-class EvalLoader:
-    """One ordered pass over a source each time it is iterated; bad examples are counted.
-
-    `workers` threads decode (Pillow releases the interpreter's lock). Raises DataError if no
-    example can be used.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        transform: Transform,
-        *,
-        batch_size: int,
-        max_images: int | None = None,
-        workers: int = 0,
-    ):
-        self.source, self.transform = source, transform
-        self.batch_size, self.max_images, self.workers = batch_size, max_images, workers
-        self._skipped = Skipped(source.name)
-
-    def report(self) -> dict[str, int]:
-        """Examples the last pass skipped, by reason."""
-        return dict(self._skipped.counts)
-
-    def _prepare(self, item: Example | BadSampleError) -> Any:
-        if isinstance(item, BadSampleError):
-            return item
-        try:
-            return item, self.transform.prepare(item.image)
-        except BadSampleError as error:
-            return BadSampleError(error.reason, item.key)
-
-    def _good(self) -> Iterator[tuple[Example, Any]]:
-        pool = ThreadPoolExecutor(self.workers) if self.workers else None
-        items = iterate(self.source)
-        try:
-            while chunk := list(islice(items, self.batch_size)):
-                done = pool.map(self._prepare, chunk) if pool else map(self._prepare, chunk)
-                for found in done:
-                    if isinstance(found, BadSampleError):
-                        self._skipped.add([found])
-                    else:
-                        yield found
-        finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
-
-    def __iter__(self) -> Iterator[EvalBatch]:
-        self._skipped = Skipped(self.source.name)
-        batch: list[tuple[Example, Any]] = []
-        seen = 0
-        for found in self._good():
-            batch.append(found)
-            seen += 1
-            if len(batch) == self.batch_size or seen == self.max_images:
-                yield self._collate(batch, seen)
-                batch = []
-            if seen == self.max_images:
-                return
-        if batch:
-            yield self._collate(batch, seen)
-        if not seen:
-            reasons = ", ".join(sorted(self._skipped.counts)) or "it is empty"
-            raise DataError(f"no example of {self.source.name!r} can be used: {reasons}")
-
-    def _collate(self, batch: list[tuple[Example, Any]], seen: int) -> EvalBatch:
-        examples = [example for example, _ in batch]
-        return EvalBatch(
-            image=self.transform.finish(self.transform.stack([image for _, image in batch])),
-            captions=[dict(example.captions) for example in examples],
-            groups=[example.group for example in examples],
-            subsets=[example.subset for example in examples],
-            keys=[example.key for example in examples],
-            indices=list(range(seen - len(batch), seen)),
-        )

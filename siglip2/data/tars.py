@@ -103,10 +103,13 @@ class IndexedTars(IndexedSource):
         shard, key, fields = self._entries[index]
         if not fields:
             raise BadSampleError(_DAMAGED, key)
-        if shard not in self._files:
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        # pread, because forked readers share the file's position.
-        read = {name: os.pread(self._files[shard], size, at) for name, at, size in fields}
+        try:
+            if shard not in self._files:
+                self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+            # pread, because forked readers share the file's position.
+            read = {name: os.pread(self._files[shard], size, at) for name, at, size in fields}
+        except OSError:
+            raise BadSampleError("unreadable shard", self.shards[shard]) from None
         return _example_of(key, read)
 
     def __getstate__(self) -> dict:

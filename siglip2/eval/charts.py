@@ -125,7 +125,8 @@ def line_chart(
     legend = f'<div class="keys">{"".join(keys)}</div>' if len(finite) > 1 else ""
     described = escape(f"{title} against step, from {last}", quote=True)
     return (
-        f'<figure class="chart"><figcaption>{escape(title)} <span>{escape(last)}</span></figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{described}">{"".join(parts)}</svg>'
+        f'<figure class="chart"><figcaption>{escape(title)} <span>{escape(last)}</span>'
+        f'</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
+        f' aria-label="{described}">{"".join(parts)}</svg>'
         f"{legend}</figure>"
     )

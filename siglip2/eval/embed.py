@@ -10,6 +10,9 @@ from torch import Tensor
 from siglip2.eval.zero_shot import Tokenizer
 from siglip2.models.siglip2 import Siglip2
 
+_SAME = 1e-5  # largest difference between embeddings of one picture from two batches
+_SAME_CHUNK = 512
+
 
 class EmbeddedImages(NamedTuple):
     img: Tensor  # (N, D) float32, unit rows, on the model's device
@@ -56,6 +59,29 @@ def embed_images(
         if progress:
             progress(len(found.keys))
     return found._replace(img=torch.cat(parts)) if parts else found
+
+
+def same_picture(
+    img: Tensor,  # (N, D) unit rows
+    groups: Sequence[str],
+) -> list[int]:
+    """For each image the first of its group with the same embedding, up to rounding: often itself.
+
+    A table of five captions a picture holds it five times. As five images it would fill the first
+    five places of every ranking.
+    """
+    members: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    first = list(range(len(groups)))
+    for rows in members.values():
+        z = img[torch.tensor(rows, device=img.device)]
+        for start in range(0, len(rows) if len(rows) > 1 else 0, _SAME_CHUNK):
+            part = z[start : start + _SAME_CHUNK]
+            same = torch.cdist(part, z, p=float("inf")) < _SAME
+            for offset, earliest in enumerate(same.int().argmax(1).tolist()):
+                first[rows[start + offset]] = rows[min(earliest, start + offset)]
+    return first
 
 
 def embed_texts(

@@ -12,6 +12,7 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from siglip2.eval.embed import (
     embed_images,
     embed_texts,
     inference,
+    same_picture,
     text_groups,
 )
 from siglip2.eval.zero_shot import Tokenizer
@@ -35,7 +37,6 @@ _SEED = 0
 _PER_LANGUAGE, _HITS = 2, 6  # queries of each language, pictures shown for one
 _IMAGES, _NAMES, _NAMING = 6, 3, 6  # pictures to name, names shown in each of so many languages
 _SCRIPTS = {"CJK": "Han", "HIRAGANA": "Japanese", "KATAKANA": "Japanese"}  # else the Unicode name's
-_SAME_SCORE = 1e-5  # one picture stored twice, under two sets of languages, scores alike
 
 
 class SourceGallery(NamedTuple):
@@ -72,7 +73,7 @@ class Gallery(NamedTuple):
 
 
 def load_gallery(folder: str | Path) -> Gallery:
-    """The gallery saved in `folder`; empty when there is none. Raises DataError for a damaged one."""
+    """The gallery saved in `folder`, empty if there is none. Raises DataError if it is damaged."""
     path = Path(folder) / FILE
     if not path.is_file():
         return Gallery([])
@@ -133,21 +134,21 @@ def _label(captions: Mapping[str, str], language: str) -> str:
 def _nearest_images(
     score: Tensor,  # (N,)
     found: EmbeddedImages,
+    first: list[int],
     *,
     groups: set[str],
     language: str,
     k: int,
 ) -> list[dict[str, Any]]:
-    hits: list[dict[str, Any]] = []
-    shown: dict[tuple[str, str], float] = {}
-    for row in score.argsort(descending=True)[: 4 * k].tolist():
-        what, value = (found.groups[row], found.subsets[row]), float(score[row])
-        if what in shown and abs(shown[what] - value) < _SAME_SCORE:
-            continue
-        shown[what] = value
-        label = _label(found.captions[row], language)
-        hits.append({"key": found.keys[row], "caption": label, "right": what[0] in groups})
-    return hits[:k]
+    rows = dict.fromkeys(first[row] for row in score.argsort(descending=True).tolist())
+    return [
+        {
+            "key": found.keys[row],
+            "caption": _label(found.captions[row], language),
+            "right": found.groups[row] in groups,
+        }
+        for row in islice(rows, k)
+    ]
 
 
 def _by_caption(
@@ -160,6 +161,7 @@ def _by_caption(
     k: int,
 ) -> list[dict[str, Any]]:
     """Random captions of each language; no group is asked for twice while others are left."""
+    first = same_picture(found.img, found.groups)
     rng, used, queries = random.Random(_SEED), set[str](), []
     for language, script in scripts.items():
         order = rng.sample(list(tables[language]), len(tables[language]))
@@ -168,7 +170,7 @@ def _by_caption(
             groups = tables[language][text]
             used |= groups
             score = found.img @ texts.rows([text])[0]
-            hits = _nearest_images(score, found, groups=groups, language=language, k=k)
+            hits = _nearest_images(score, found, first, groups=groups, language=language, k=k)
             queries.append({"language": language, "script": script, "text": text, "hits": hits})
     return queries
 
@@ -233,8 +235,8 @@ def collect_gallery(
 ) -> Gallery:
     """Random queries of each source, in languages of several scripts, and what the model finds.
 
-    The draw has a fixed seed and does not look at the answers. Raises DataError for a source without
-    a picture that has a caption.
+    The draw has a fixed seed and does not look at the answers. Raises DataError for a source
+    without a picture that has a caption.
     """
     from siglip2.data.loader import EvalLoader
     from siglip2.data.sources import iterate

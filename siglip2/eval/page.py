@@ -1,4 +1,4 @@
-"""The report's page: style sheet and skeleton. Nothing is fetched; the reader's theme is followed."""
+"""The report's page: style sheet and skeleton. Nothing is fetched; light and dark."""
 
 from html import escape
 
@@ -10,8 +10,8 @@ _STYLE = """
 --line:#33383e;--s0:#8ab0ff;--s1:#ffab70;--s2:#6cd3a5;--s3:#d0a5f5;--good:#6ad899;--bad:#ff938a;
 --track:#2a2e33}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",
-Roboto,"Noto Sans",sans-serif;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,
+"Segoe UI",Roboto,"Noto Sans",sans-serif;-webkit-text-size-adjust:100%}
 main{max-width:1080px;margin:0 auto;padding:28px 16px 56px}
 h1{font-size:1.75rem;line-height:1.2;margin:0 0 6px;overflow-wrap:anywhere}
 h2{font-size:1.25rem;margin:44px 0 4px}
@@ -52,7 +52,8 @@ font-size:.88rem;font-variant-numeric:tabular-nums}
 .bars .mean{font-weight:700}
 .bar{position:relative;height:16px;background:var(--track);border-radius:4px}
 .bar i{position:absolute;inset:0 auto 0 0;background:var(--s0);border-radius:4px}
-.bar i.five{opacity:.38}.bar u{position:absolute;top:-2px;bottom:-2px;width:2px;background:var(--ink)}
+.bar i.five{opacity:.38}.bar u{position:absolute;top:-2px;bottom:-2px;
+width:2px;background:var(--ink)}
 details{margin-top:12px}summary{cursor:pointer;font-size:.9rem;color:var(--s0)}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin-top:8px}
@@ -60,7 +61,8 @@ th,td{padding:4px 10px;text-align:right;border-bottom:1px solid var(--line);whit
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
 .ask{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 10px;margin-bottom:10px}
 .ask q{font-size:1.12rem;font-weight:600;quotes:none;overflow-wrap:anywhere}
-.tag{font-size:.78rem;color:var(--soft);border:1px solid var(--line);border-radius:5px;padding:0 6px}
+.tag{font-size:.78rem;color:var(--soft);border:1px solid var(--line);border-radius:5px;
+padding:0 6px}
 .hits{display:grid;grid-template-columns:repeat(6,minmax(0,1fr));gap:6px;margin:0;padding:0;
 list-style:none}
 .hits li{text-align:center;font-size:.78rem;font-weight:700;min-width:0}
@@ -69,7 +71,8 @@ padding:6%;border:2px solid var(--line)}
 .right .pic{border-color:var(--good)}
 .right{color:var(--good)}.wrong{color:var(--bad)}
 .named{display:grid;grid-template-columns:96px minmax(0,1fr);gap:14px;align-items:start}
-.named dl{display:grid;grid-template-columns:auto minmax(0,1fr);gap:3px 10px;margin:0;font-size:.9rem}
+.named dl{display:grid;grid-template-columns:auto minmax(0,1fr);gap:3px 10px;margin:0;
+font-size:.9rem}
 .named dt{color:var(--soft)}.named dd{margin:0;overflow-wrap:anywhere}
 .named dd span{color:var(--ink)}.named dd .also{color:var(--soft);font-size:.84rem}
 footer{margin-top:48px;color:var(--soft);font-size:.88rem}

@@ -1,4 +1,4 @@
-"""A run as one HTML page, made of the files in its folder alone; it can be made again at any time."""
+"""A run as one HTML page, made of the files in its folder alone, as often as wanted."""
 
 import json
 import math
@@ -21,8 +21,8 @@ def read_metrics(path: Path) -> Rows:
     """The rows of a metrics.jsonl; a torn last line is dropped. Raises DataError."""
     if not path.is_file():
         raise DataError(
-            f"need the run's metrics.jsonl to report on; none in {path.parent}. Give the folder that"
-            " train.output_dir named"
+            f"need the run's metrics.jsonl to report on; none in {path.parent}. Give the folder"
+            " that train.output_dir named"
         )
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = []
@@ -94,7 +94,8 @@ def _tiles(rows: Rows, env: dict[str, Any], result: dict[str, Any]) -> str:
             mean, where = found["mean"], source if subset == "all" else f"{source}, {subset}"
             languages = found["mean"]["num_languages"]
             over = f", mean of {languages} languages" if languages > 1 else ""
-            label = f"{humanize(where)}: image to caption R@1{over}; chance {percent(mean['chance_i2t_r1'])}"
+            chance = percent(mean["chance_i2t_r1"])
+            label = f"{humanize(where)}: image to caption R@1{over}; chance {chance}"
             recalls.append(tile(percent(mean["i2t_r1"]), label))
     if "examples" in last:
         tiles.append(tile(f"{last['examples']:,}", "images seen"))
@@ -160,9 +161,9 @@ def _galleries(gallery: Gallery) -> str:
         return ""
     parts = "".join(gallery_section(source) for source in gallery.sources)
     return (
-        '<h2 id="examples">Examples</h2><p>Drawn at random with a fixed seed, before looking at the answers.'
-        " A picture or caption is right when it belongs to the same concept; a caption that is wrong by"
-        f" this count may still describe the picture.</p>{parts}"
+        '<h2 id="examples">Examples</h2><p>Drawn at random with a fixed seed, before looking at the'
+        " answers. A picture or caption is right when it belongs to the same concept; one that is"
+        f" wrong by this count may still describe the picture.</p>{parts}"
     )
 
 
@@ -193,8 +194,9 @@ def write_report(run_dir: str | Path) -> Path:
     if result.get("sources"):
         links.append(("retrieval", "Retrieval"))
         body.append(
-            '<h2 id="retrieval">Retrieval by language</h2><p>How often the right caption (or picture) is the'
-            " first, or among the first five, of all in the set. Ties count as wrong.</p>"
+            '<h2 id="retrieval">Retrieval by language</h2><p>How often the right caption (or'
+            " picture) is the first, or among the first five, of all in the set. Ties count as"
+            " wrong.</p>"
         )
         body.append(retrieval(result["sources"]))
     if gallery.sources:

@@ -24,9 +24,10 @@ from siglip2.eval.embed import (
     embed_images,
     embed_texts,
     inference,
+    same_picture,
     text_groups,
 )
-from siglip2.eval.retrieval import retrieval_recall
+from siglip2.eval.retrieval import check_finite, retrieval_recall
 from siglip2.eval.zero_shot import (
     ClassSet,
     Tokenizer,
@@ -46,7 +47,7 @@ CAPTIONS_PREFIX = "captions:"  # eval.classes "captions:en": the captions are th
 
 @dataclass(frozen=True)
 class EvalResult:
-    """`sources[name][subset]` holds languages[tag], mean, num_images and, when asked for, zero_shot.
+    """`sources[name][subset]` holds languages[tag], mean, num_images, and zero_shot if asked for.
 
     num_images is the best covered language's.
     """
@@ -94,26 +95,17 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
-def _languages(captions: list[Mapping[str, str]]) -> list[str]:
-    """Languages by how many images they cover, then by name."""
-    counts: dict[str, int] = {}
-    for caption in captions:
-        for language in caption:
-            counts[language] = counts.get(language, 0) + 1
-    return sorted(counts, key=lambda language: (-counts[language], language))
-
-
 def _retrieval(
-    found: EmbeddedImages, texts: TextTable, language: str, *, chunk_size: int
+    found: EmbeddedImages, texts: TextTable, first: list[int], language: str, *, chunk_size: int
 ) -> dict[str, float | int]:
-    """Recalls among the images that have a caption in `language` and its distinct captions."""
-    rows = [i for i, caption in enumerate(found.captions) if language in caption]
-    groups = [found.groups[i] for i in rows]
-    table = text_groups([found.captions[i] for i in rows], groups, language)
+    """Recalls among the distinct images with a caption in `language` and its distinct captions."""
+    captioned = (first[i] for i, caption in enumerate(found.captions) if language in caption)
+    rows = list(dict.fromkeys(captioned))
+    table = text_groups(found.captions, found.groups, language)
     recall = retrieval_recall(
         found.img[torch.tensor(rows, device=found.img.device)],
         texts.rows(table),
-        groups,
+        [found.groups[i] for i in rows],
         list(table.values()),
         ks=KS,
         chunk_size=chunk_size,
@@ -132,10 +124,13 @@ def _retrieval(
 
 
 def _subset(found: EmbeddedImages, texts: TextTable, *, chunk_size: int) -> dict[str, Any]:
-    languages = {
-        language: _retrieval(found, texts, language, chunk_size=chunk_size)
-        for language in _languages(found.captions)
+    check_finite(found.img, "image")
+    first = same_picture(found.img, found.groups)
+    by_name = {
+        language: _retrieval(found, texts, first, language, chunk_size=chunk_size)
+        for language in sorted({language for caption in found.captions for language in caption})
     }
+    languages = dict(sorted(by_name.items(), key=lambda item: -item[1]["num_images"]))
     most = max(values["num_images"] for values in languages.values())
     for values in languages.values():
         values["in_mean"] = values["num_images"] >= MIN_COVERAGE * most

@@ -7,6 +7,7 @@ from typing import Any
 from siglip2.eval.charts import number
 from siglip2.eval.gallery import SourceGallery
 
+_MARKS = {True: "&#10003;", False: "&#10007;"}  # a tick, a cross
 _MAX_BARS = 30  # languages drawn; the table holds all
 _LANGUAGES = {
     **{
@@ -51,7 +52,8 @@ def _bar_row(label: str, values: dict[str, Any], direction: str, kind: str = "")
     chance = values[f"chance_{direction}_r1"]
     return (
         f'<span class="{kind}">{escape(label)}</span>'
-        f'<div class="bar" title="{escape(label)}: R@1 {percent(one)}, R@5 {percent(five)}, chance {percent(chance)}">'
+        f'<div class="bar" title="{escape(label)}: R@1 {percent(one)}, R@5 {percent(five)},'
+        f' chance {percent(chance)}">'
         f'<i class="five" style="width:{100 * five:.2f}%"></i>'
         f'<i style="width:{100 * one:.2f}%"></i><u style="left:{100 * chance:.2f}%"></u></div>'
         f'<span class="{kind}">{percent(one)}</span>'
@@ -89,8 +91,8 @@ def _table(found: dict[str, Any]) -> str:
     note = '<p class="note">* names few of the images, so not in the mean or the bars.</p>'
     heads_html = "".join(f'<th scope="col">{head}</th>' for head in heads)
     return (
-        f'<details><summary>All {len(rows)} languages, in percent</summary><div class="scroll"><table>'
-        f"<thead><tr>{heads_html}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<details><summary>All {len(rows)} languages, in percent</summary><div class="scroll">'
+        f"<table><thead><tr>{heads_html}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f"{note if few else ''}</details>"
     )
 
@@ -125,10 +127,6 @@ def _picture(gallery: SourceGallery, key: str, alt: str) -> str:
     return f'<img class="pic" alt="{escape(alt)}" src="data:image/webp;base64,{data}">'
 
 
-def _verdict(right: bool) -> str:
-    return "&#10003; right" if right else "&#10007; wrong"
-
-
 def _query(gallery: SourceGallery, query: dict[str, Any]) -> str:
     language, script = escape(query["language"]), query["script"]
     name = language_name(query["language"])
@@ -137,14 +135,13 @@ def _query(gallery: SourceGallery, query: dict[str, Any]) -> str:
     for hit in query["hits"]:
         kind = "right" if hit["right"] else "wrong"
         picture = _picture(gallery, hit["key"], f"{kind}: {hit['caption']}")
-        mark = "&#10003;" if hit["right"] else "&#10007;"
         hits.append(
             f'<li class="{kind}" title="{escape(hit["caption"])}">{picture}'
-            f'<span aria-hidden="true">{mark}</span></li>'
+            f'<span aria-hidden="true">{_MARKS[hit["right"]]}</span></li>'
         )
     return (
-        f'<article class="card"><div class="ask"><q lang="{language}" dir="auto">{escape(query["text"])}</q>'
-        f'<span class="tag">{name}</span></div>'
+        f'<article class="card"><div class="ask"><q lang="{language}" dir="auto">'
+        f'{escape(query["text"])}</q><span class="tag">{name}</span></div>'
         f'<ol class="hits">{"".join(hits)}</ol></article>'
     )
 
@@ -154,13 +151,14 @@ def _names(language: str, names: list[dict[str, Any]]) -> str:
     lang = escape(language)
     first, *others = names
     kind = "right" if first["right"] else "wrong"
-    mark = f'<b class="{kind}">{_verdict(first["right"]).split()[0]}</b>'
+    mark = f'<b class="{kind}" title="{kind}">{_MARKS[first["right"]]}</b>'
+    tick = f' <b class="right">{_MARKS[True]}</b>'
     also = "; ".join(
-        f"<bdi>{escape(name['text'])}</bdi>{' <b class=right>&#10003;</b>' if name['right'] else ''}"
-        for name in others
+        f"<bdi>{escape(name['text'])}</bdi>{tick if name['right'] else ''}" for name in others
     )
     return (
-        f'<dt>{escape(language_name(language))}</dt><dd>{mark} <span lang="{lang}" dir="auto">{escape(first["text"])}</span>'
+        f"<dt>{escape(language_name(language))}</dt><dd>{mark} "
+        f'<span lang="{lang}" dir="auto">{escape(first["text"])}</span>'
         f'<div class="also" lang="{lang}" dir="auto">{also}</div></dd>'
     )
 
@@ -177,12 +175,12 @@ def gallery_section(gallery: SourceGallery) -> str:
     """Nearest pictures and nearest captions of one source."""
     queries, cards = gallery.by_caption, gallery.by_image
     hits = sum(query["hits"][0]["right"] for query in queries if query["hits"])
-    searched = number(gallery.num_images)
+    name, searched = escape(humanize(gallery.name)), number(gallery.num_images)
     return (
-        f"<h3>{escape(humanize(gallery.name))}: the nearest of {searched} pictures to a caption</h3>"
+        f"<h3>{name}: the nearest of {searched} pictures to a caption</h3>"
         f'<p class="note">{hits} of {len(queries)} first pictures are right.</p>'
         f'<div class="grid cards">{"".join(_query(gallery, query) for query in queries)}</div>'
-        f"<h3>{escape(humanize(gallery.name))}: the nearest captions to a picture</h3>"
+        f"<h3>{name}: the nearest captions to a picture</h3>"
         '<p class="note">In each language the best caption, then the next two in grey.</p>'
         f'<div class="grid cards">{"".join(_card(gallery, card) for card in cards)}</div>'
     )

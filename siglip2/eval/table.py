@@ -48,8 +48,9 @@ def format_table(
             if "zero_shot" in found:
                 z = found["zero_shot"]
                 lines.append(
-                    f"zero-shot {source} {subset}: top-1 {100 * z['top1']:.1f}, top-5 {100 * z['top5']:.1f}"
-                    f" of {z['num_images']} images, {z['num_classes']} classes"
+                    f"zero-shot {source} {subset}: top-1 {100 * z['top1']:.1f},"
+                    f" top-5 {100 * z['top5']:.1f} of {z['num_images']} images,"
+                    f" {z['num_classes']} classes"
                 )
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """Zero-shot classification: a linear classifier made of text embeddings.
 
 Each class is the normalised mean of the unit embeddings of its prompts. Prompts are canonicalised
-as in big_vision's evaluator (underscores to spaces, ASCII punctuation removed, lower case). Training
-only lower-cases, so retrieval does not canonicalise.
+as in big_vision's evaluator (underscores to spaces, ASCII punctuation removed, lower case).
+Training only lower-cases, so retrieval does not canonicalise.
 """
 
 import json
@@ -88,9 +88,9 @@ def classify(
 ) -> Tensor:  # (N, C)
     """Class scores.
 
-    "softmax": shares of one; the bias cancels. "sigmoid": for each class by itself, how likely image
-    and text belong together, as the loss was trained; rows do not sum to one and may be all near
-    zero. Both order the classes in the same way.
+    "softmax": shares of one; the bias cancels. "sigmoid": for each class by itself, how likely
+    image and text belong together, as the loss was trained; rows do not sum to one and may be
+    all near zero. Both order the classes in the same way.
     """
     if activation not in ("softmax", "sigmoid"):
         raise ValueError(f"need activation 'softmax' or 'sigmoid'; got {activation!r}")

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,11 +59,12 @@ def save(
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         _barrier()
-        dcp.save(
-            {"model": model_state, "optimizer": optimizer_state},
-            checkpoint_id=beside,
-            no_dist=not dist.is_initialized(),
-        )
+        with _one_process_is_fine():
+            dcp.save(
+                {"model": model_state, "optimizer": optimizer_state},
+                checkpoint_id=beside,
+                no_dist=not dist.is_initialized(),
+            )
         if is_main():
             (beside / META).write_text(json.dumps(progress._asdict(), indent=1))
             if final.exists():
@@ -92,7 +96,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Prog
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
         progress = Progress(**json.loads((path / META).read_text()))
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with _one_process_is_fine():
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (
         OSError,
         RuntimeError,
@@ -112,6 +117,14 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Prog
         optim_state_dict=state["optimizer"],
     )
     return progress
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Silences dcp's remark that no process group exists: one process is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _first_line(error: BaseException) -> str:

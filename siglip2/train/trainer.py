@@ -60,6 +60,7 @@ class Run:
             workers=config.data.workers,
             shuffle_buffer=config.data.shuffle_buffer,
             cache_images=config.data.cache_images,
+            keep_groups=config.data.keep_groups,
         )
         self.task = wrap(Siglip2Task(model), config.train.parallel)
         self.step = TrainStep(

@@ -1,4 +1,3 @@
-import json
 import logging
 import subprocess
 import sys
@@ -6,72 +5,13 @@ from itertools import islice
 
 import pytest
 import torch
-from data.made_files import pair, picture, write_tar
+from data.made_examples import LANGUAGES, TOKENIZER, Numbers, ids, loader, streamed
+from data.made_files import picture, write_tar
 
-from siglip2.config import DataConfig
 from siglip2.data.batches import stable_id
 from siglip2.data.images import FixedTransform, NaflexTransform
-from siglip2.data.loader import EvalLoader, TrainLoader
-from siglip2.data.sources import IndexedSource, open_source
-from siglip2.data.train_tokenizer import train_tokenizer
-from siglip2.data.types import BadSampleError, Example
+from siglip2.data.types import BadSampleError
 from siglip2.errors import DataError
-
-LANGUAGES = ("en", "de", "fr")
-TOKENIZER = train_tokenizer(["caption en de fr 0123456789"], vocab_size=300, text_length=12)
-
-
-class Numbers(IndexedSource):
-    """Example i is picture i, captioned "<language> i"; the numbers in `bad` cannot be used."""
-
-    def __init__(self, count, bad=()):
-        super().__init__("numbers")
-        self.count, self.bad = count, set(bad)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if i in self.bad and i % 2:
-            raise BadSampleError("no caption", str(i))
-        image = b"broken" if i in self.bad else picture(i)
-        captions = {language: f"{language} {i}" for language in LANGUAGES}
-        return Example(str(i), image, captions, group=str(i))
-
-
-def loader(source, transform=None, **options):
-    options = {"batch_size": 4, "seed": 3, **options}
-    return TrainLoader(source, transform or FixedTransform(8), TOKENIZER, **options)
-
-
-@pytest.fixture
-def shards(tmp_path):
-    for shard in range(4):
-        samples = {f"{shard}{i}": pair(10 * shard + i) for i in range(7)}
-        samples[f"{shard}3"]["png"] = b"broken"
-        write_tar(tmp_path / f"x-{shard}.tar", samples)
-    return str(tmp_path / "x-{0..3}.tar")
-
-
-def streamed(shards, **options):
-    return open_source(shards, DataConfig(train_num_samples=options.pop("samples", 28), **options))
-
-
-def ids(batches):
-    return [i for batch in batches for i in batch["image_ids"].tolist()]
-
-
-def assert_same(batch, other):
-    assert batch.keys() == other.keys()
-    for key, value in batch.items():
-        if key == "image" and isinstance(value, tuple):
-            assert value.max_seqlen == other[key].max_seqlen
-            for a, b in zip(value[:3], other[key][:3], strict=True):
-                assert torch.equal(a, b)
-        elif isinstance(value, torch.Tensor):
-            assert torch.equal(value, other[key]), key
-        else:
-            assert value == other[key], key
 
 
 def test_a_batch_holds_matching_images_captions_and_ids():
@@ -147,106 +87,6 @@ def test_a_source_smaller_than_a_batch_gives_full_batches():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cache", [False, True], ids=["read", "cached"])
-def test_indexed_resume_is_exact(workers, cache):
-    options = {"workers": workers, "cache_images": cache}
-    source = Numbers(30, bad=(4, 7))
-    whole = loader(source, **options)
-    consumed = 5
-    list(islice(whole, consumed))
-    state = json.loads(json.dumps(whole.state_dict()))
-    report = whole.report()
-    rest = list(islice(whole, 6))
-    fresh = loader(source, **options)
-    fresh.load_state_dict(state)
-    assert fresh.report() == report
-    for expected, batch in zip(rest, fresh, strict=False):
-        assert_same(expected, batch)
-    assert fresh.report() == whole.report()
-    whole.close(), fresh.close()
-
-
-def test_workers_and_caching_change_no_batch():
-    plain, workers, cached = (
-        list(islice(loader(Numbers(20, bad=(3,)), **options), 8))
-        for options in ({}, {"workers": 2}, {"cache_images": True})
-    )
-    for a, b, c in zip(plain, workers, cached, strict=True):
-        assert_same(a, b)
-        assert_same(a, c)
-
-
-def test_workers_leave_the_training_process_its_random_numbers():
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    batches = loader(Numbers(8), workers=1)
-    next(batches)
-    batches.close()
-    assert torch.equal(torch.rand(3), expected)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("resampled", [False, True], ids=["epochs", "resampled"])
-@pytest.mark.parametrize("consumed", [1, 2, 9])
-def test_streamed_resume_is_exact(shards, workers, resampled, consumed):
-    def make():
-        source = streamed(shards, resampled=resampled)
-        return loader(source, workers=workers, shuffle_buffer=5)
-
-    whole = make()
-    list(islice(whole, consumed))
-    state = json.loads(json.dumps(whole.state_dict()))
-    rest = list(islice(whole, 5))
-    fresh = make()
-    fresh.load_state_dict(state)
-    for expected, batch in zip(rest, fresh, strict=False):
-        assert_same(expected, batch)
-    assert fresh.report() == whole.report()
-    whole.close(), fresh.close()
-
-
-def test_a_streamed_epoch_has_each_good_example_once(shards):
-    found = ids(islice(loader(streamed(shards, samples=1000), shuffle_buffer=5), 12))
-    good = {stable_id(f"{shard}{i}") for shard in range(4) for i in range(7) if i != 3}
-    assert set(found[:24]) == good
-    assert set(found[24:]) == good
-    assert found[:24] != found[24:]
-
-
-def test_train_num_samples_bounds_a_streamed_epoch(shards):
-    batches = loader(streamed(shards, samples=12), shuffle_buffer=1000)
-    epochs = []
-    for _ in range(9):
-        next(batches)
-        epoch, taken = batches.state_dict()["cursors"]["0"]
-        epochs.append(epoch)
-        assert taken <= 12
-    # 12 samples, some of them bad, are three batches of 4 at most.
-    assert max(map(epochs.count, epochs)) <= 3
-    assert epochs[-1] >= 2
-
-
-def test_ranks_read_different_shards(shards):
-    ranks = [loader(streamed(shards), rank=r, world_size=2, shuffle_buffer=5) for r in range(2)]
-    first, second = (set(ids(islice(rank, 3))) for rank in ranks)
-    assert not first & second
-    assert len(first | second) == 24
-
-
-def test_too_few_shards(shards, caplog):
-    source = streamed(shards)
-    with caplog.at_level(logging.WARNING, "siglip2"):
-        assert loader(source, workers=4, world_size=2).workers == 2
-    assert "4 shards for 2 ranks x 4 workers (8 readers of" in caplog.text
-    assert "using data.workers=2; data.resampled=true would use all" in caplog.text
-    message = r"4 shards for 5 ranks x 1 workers \(5 readers .* or set data.resampled=true"
-    with pytest.raises(DataError, match=message):
-        loader(source, world_size=5)
-    assert loader(streamed(shards, resampled=True), workers=3, world_size=5).workers == 3
-
-
-@pytest.mark.parametrize("workers", [0, 2])
 def test_bad_examples_are_skipped_and_counted_by_reason(workers, caplog):
     batches = loader(Numbers(12, bad=(2, 5, 8)), batch_size=12, workers=workers)
     with caplog.at_level(logging.WARNING, "siglip2"):
@@ -258,13 +98,6 @@ def test_bad_examples_are_skipped_and_counted_by_reason(workers, caplog):
     assert report["cannot decode image"] >= 4  # two in each of the two epochs
     assert len(caplog.records) == 1
     assert caplog.text.count("numbers: skipped 1 bad examples; last: ") == 1
-    batches.close()
-
-
-def test_streamed_bad_examples_reach_the_main_process(shards):
-    batches = loader(streamed(shards), workers=2, shuffle_buffer=5)
-    list(islice(batches, 8))  # both workers are in their second epoch
-    assert 4 <= batches.report()["cannot decode image"] <= 8
     batches.close()
 
 
@@ -291,53 +124,11 @@ def test_nothing_but_bad_examples_is_an_error(workers, tmp_path):
         next(loader(source, workers=workers))
 
 
-def test_a_state_of_another_run_is_refused(shards):
-    state = loader(Numbers(8)).state_dict()
-    with pytest.raises(
-        DataError, match=r"cannot resume .* exactly: batch_size 4 -> 2, world_size 1 -> 2"
-    ):
-        loader(Numbers(8), batch_size=2, world_size=2).load_state_dict(state)
-    state = loader(streamed(shards), workers=2).state_dict()
-    with pytest.raises(DataError, match="readers 2 -> 1"):
-        loader(streamed(shards)).load_state_dict(state)
-
-
 def test_wrong_options_are_refused(shards):
     with pytest.raises(DataError, match="need batch_size, captions_per_image, shuffle_buffer >= 1"):
         loader(Numbers(8), batch_size=0)
     with pytest.raises(DataError, match="cache_images needs a source that fits in memory"):
         loader(streamed(shards), cache_images=True)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_is_one_ordered_pass(workers):
-    batches = EvalLoader(Numbers(10, bad=(3,)), FixedTransform(8), batch_size=4, workers=workers)
-    for _ in range(2):
-        found = list(batches)
-        assert [len(b.keys) for b in found] == [4, 4, 1]
-        keys = [key for b in found for key in b.keys]
-        assert keys == [str(i) for i in range(10) if i != 3]
-        assert [i for b in found for i in b.indices] == list(range(9))
-        assert torch.equal(found[0].image[3], FixedTransform(8)(picture(4)))
-        assert found[0].captions[3] == {language: f"{language} 4" for language in LANGUAGES}
-        assert batches.report() == {"no caption": 1}
-
-
-def test_evaluation_stops_at_max_images_and_reads_streams(shards):
-    source = streamed(shards)
-    found = list(EvalLoader(source, NaflexTransform(4, 4), batch_size=4, max_images=6))
-    assert [len(b.groups) for b in found] == [4, 2]
-    assert found[0].image.cu_seqlens.numel() == 5
-    assert (
-        len([k for b in EvalLoader(source, FixedTransform(4), batch_size=5) for k in b.keys]) == 24
-    )
-
-
-def test_evaluation_of_nothing_is_an_error():
-    with pytest.raises(DataError, match="no example of 'numbers' can be used: cannot decode image"):
-        list(
-            EvalLoader(Numbers(2, bad=(0,)).__class__(1, bad=(0,)), FixedTransform(4), batch_size=2)
-        )
 
 
 def test_importing_the_package_loads_no_optional_one():
@@ -347,14 +138,3 @@ def test_importing_the_package_loads_no_optional_one():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
-
-
-def test_cached_images_are_read_once(monkeypatch):
-    batches = loader(Numbers(30), batch_size=16, cache_images=True)
-    list(islice(batches, 3))
-
-    def read_again(self, i):
-        raise AssertionError(f"example {i} was read twice")
-
-    monkeypatch.setattr(Numbers, "__getitem__", read_again)
-    assert len(set(ids(islice(batches, 6)))) == 30

@@ -100,6 +100,12 @@ def test_a_damaged_shard_gives_what_is_whole_and_says_so(shards, streamed):
     assert 9 <= len(found) - len(bad) < 12
 
 
+def test_a_shard_that_went_away_is_a_bad_example(shards):
+    source = open_source(str(shards / "x-0000.tar"))
+    (shards / "x-0000.tar").unlink()
+    assert {item.reason for item in read(source)} == {"unreadable shard"}
+
+
 def test_missing_shards_are_named(shards):
     with pytest.raises(DataError, match=r"no shard '.*x-0003.tar' .of '.*"):
         open_source(str(shards / "x-{0000..0003}.tar"))
@@ -188,8 +194,9 @@ def test_wrong_columns_are_named(tmp_path):
     assert read(open_source(str(path), config))[0].captions == {"und": "a cat"}
 
 
-def test_hf_data_sets_from_disk_and_parquet(tmp_path):
+def test_hf_data_sets_from_disk_and_parquet(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     images = [{"bytes": picture(i), "path": None} for i in range(3)]
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     columns = {"image": images, "caption": ["zero", "one", ""]}

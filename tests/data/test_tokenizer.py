@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -203,3 +205,16 @@ def test_a_tokenizer_keeps_its_vocabulary_at_another_length(tokenizer):
     longer = get_tokenizer(tokenizer, text_length=32)
     assert isinstance(longer, Siglip2Tokenizer)
     assert torch.equal(longer(["the cat"])[:, :16], tokenizer(["the cat"]))
+
+
+GEMMA = os.environ.get("SIGLIP2_TEST_GEMMA", "")
+
+
+@pytest.mark.skipif(not GEMMA, reason="SIGLIP2_TEST_GEMMA names no tokenizer.json of Gemma's")
+def test_gemmas_own_vocabulary():
+    tokenizer = get_tokenizer(GEMMA)
+    check_tokenizer(tokenizer)
+    assert (tokenizer.vocab_size, tokenizer.bos_id) == (256_000, 2)
+    row = tokenizer(["A photo of a CAT"])[0]
+    assert tokenizer.decode(row) == "a photo of a cat"
+    assert (row[5:8].tolist(), row[-1].item()) == ([1, 0, 0], 0)

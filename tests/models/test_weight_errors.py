@@ -19,8 +19,8 @@ FC1 = "vision_model.encoder.layers.1.mlp.fc1.weight"
 
 @pytest.fixture
 def saved(tmp_path):
-    save_pretrained(random_model(tiny_architecture()), tmp_path)
-    return tmp_path
+    save_pretrained(random_model(tiny_architecture()), tmp_path / "saved")
+    return tmp_path / "saved"
 
 
 def rewrite(folder, change, name=hf.WEIGHTS):

@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from models.tiny import random_model, tiny_architecture
+from safetensors.torch import load_file
 
 from siglip2.errors import CheckpointError
 from siglip2.models.factory import from_pretrained, save_pretrained
@@ -15,8 +17,8 @@ from siglip2.models.weights import hf, open_clip
 
 @pytest.fixture
 def saved(tmp_path):
-    save_pretrained(random_model(tiny_architecture()), tmp_path)
-    return tmp_path
+    save_pretrained(random_model(tiny_architecture()), tmp_path / "saved")
+    return tmp_path / "saved"
 
 
 def test_truncated_safetensors(saved):
@@ -130,6 +132,29 @@ def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"is no file or folder here, and the hub could not"):
         from_pretrained("google/siglip2-base-patch16-256")
+
+
+@pytest.mark.parametrize("weights", [hf.WEIGHTS, "pytorch_model.bin"])
+def test_hub_repository_is_read_like_a_folder(saved, weights, monkeypatch):
+    """Pickled weights are fetched only where a repository has no others."""
+    hub = pytest.importorskip("huggingface_hub")
+    if weights != hf.WEIGHTS:
+        torch.save(load_file(saved / hf.WEIGHTS), saved / weights)
+        (saved / hf.WEIGHTS).unlink()
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns):
+        folder = saved.parent / f"snapshot-{len(asked)}"
+        folder.mkdir()
+        for file in saved.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, folder)
+        asked.append(name)
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert from_pretrained("hf-hub:someone/model").architecture == tiny_architecture()
+    assert asked == ["someone/model"] * (1 if weights == hf.WEIGHTS else 2)
 
 
 def test_saving_into_a_file(tmp_path):

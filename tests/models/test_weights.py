@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from models.tiny import random_model, tiny_architecture
+from models.tiny import double, random_model, tiny_architecture
 from safetensors.torch import load_file, save_file
 
 from siglip2.models.factory import create_model, from_pretrained, load_vision, save_pretrained
@@ -113,6 +113,35 @@ def test_big_vision_names_and_shapes_are_the_released_ones():
     }
     assert shapes.items() >= expected.items()
     assert sum(torch.Size(s).numel() for s in shapes.values()) == 375_234_050
+
+
+def test_big_vision_kernels_compute_what_our_layers_do():
+    """flax's contractions, written out: heads and patch axes are where its layers expect them."""
+    model = double(random_model(tiny_architecture()))
+    vision, block = model.vision, model.vision.encoder.blocks[0]
+    tensors = export_state(big_vision.rules(model.architecture), model.state_dict())
+    path = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0"
+    x = torch.randn(5, 16, dtype=torch.float64)
+    heads = block.attn.qkv(x).view(5, 3, 2, 8).unbind(1)
+    pairs = {}
+    for name, ours in zip(("query", "key", "value"), heads, strict=True):
+        kernel, bias = (tensors[f"{path}/{name}/{part}"][0] for part in ("kernel", "bias"))
+        pairs[name] = ours, torch.einsum("td,dhe->the", x, kernel) + bias
+    out = torch.einsum("the,hed->td", heads[0], tensors[f"{path}/out/kernel"][0])
+    pairs["out"] = block.attn.out(heads[0].flatten(1)), out + tensors[f"{path}/out/bias"][0]
+    patches = torch.randn(5, 4, 4, 3, dtype=torch.float64)
+    embedded = torch.einsum("tyxc,yxcd->td", patches, tensors["img/embedding/kernel"])
+    embedded += tensors["img/embedding/bias"]
+    pairs["patches"] = vision.patch_embed(patches.flatten(1)), embedded
+    key = torch.einsum(
+        "td,dhe->the",
+        x,
+        tensors["img/MAPHead_0/MultiHeadDotProductAttention_0/key/kernel"],
+    )
+    key += tensors["img/MAPHead_0/MultiHeadDotProductAttention_0/key/bias"]
+    pairs["pool key"] = vision.pool.kv(x)[:, :16].view(5, 2, 8), key
+    for name, (ours, theirs) in pairs.items():
+        assert torch.allclose(ours, theirs, rtol=0, atol=2**10 * torch.finfo(x.dtype).eps), name
 
 
 def test_sharded_files_and_old_buffers(tmp_path):

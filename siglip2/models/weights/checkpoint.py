@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -22,6 +21,7 @@ FORMATS: dict[str, ModuleType] = {
     "timm": timm,
     "big_vision": big_vision,
 }
+HUB_FILES = ["*.json", "*.safetensors", "*.npz"]  # torch's .bin only where there is nothing else
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -123,15 +123,18 @@ def _from_hub(name: str) -> Path:
         )
     if not _HUB_ID.fullmatch(short) or short.endswith(SUFFIXES):
         raise CheckpointError(f"no such file or folder: {name!r}")
-    hub = require("huggingface_hub", "hub")
-    patterns = ["*.json", "*.safetensors", "*.npz", "*.bin"]
-    with suppress(Exception):  # whatever the hub's client raises, the advice is the same
-        return Path(hub.snapshot_download(short, allow_patterns=patterns))  # type: ignore[attr-defined]
-    raise CheckpointError(
-        f"{name!r} is no file or folder here, and the hub could not serve it as a repository (no"
-        f" connection, no"
-        " such repository, or no access). Check the path, or download it first and pass its folder"
-    )
+    hub: Any = require("huggingface_hub", "hub")
+    try:
+        folder = Path(hub.snapshot_download(short, allow_patterns=HUB_FILES))
+        if not any(entry.suffix in SUFFIXES for entry in folder.iterdir()):
+            folder = Path(hub.snapshot_download(short, allow_patterns=[*HUB_FILES, "*.bin"]))
+    except Exception as error:  # the hub's client raises dozens of network and naming errors
+        raise CheckpointError(
+            f"{name!r} is no file or folder here, and the hub could not serve it as a repository:"
+            f" no connection, no such repository, or no access ({type(error).__name__}). Check the"
+            " path, or download it first and pass its folder"
+        ) from error
+    return folder
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture:

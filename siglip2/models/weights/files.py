@@ -25,8 +25,6 @@ SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
 
 def read_tensors(path: Path) -> State:
     """Tensors, on the CPU, of .safetensors (also its index of shards), .npz or a torch file."""
-    if not path.is_file():
-        raise CheckpointError(f"need a weight file; {path} is not one")
     if path.name.endswith(".index.json"):
         return _read_sharded(path)
     if path.suffix == ".npz":
