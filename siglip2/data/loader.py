@@ -9,10 +9,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from siglip2.data.batches import Batcher, IndexedBatches, RawBatch, StreamedBatches
+from siglip2.data.eval_loader import EvalBatch, EvalLoader
 from siglip2.data.images import Transform
 from siglip2.data.skipped import Skipped, _log
 from siglip2.data.sources import ShardSource, Source
 from siglip2.errors import DataError
+
+__all__ = ["EvalBatch", "EvalLoader", "TrainLoader"]
 
 
 class TrainLoader:
@@ -58,7 +61,7 @@ class TrainLoader:
         self.source, self.transform = source, transform
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.shuffle_buffer = shuffle_buffer
+        self.shuffle_buffer, self.keep_groups = shuffle_buffer, keep_groups
         self.workers = _usable_workers(source, workers, world_size, cache_images)
         self._batcher = Batcher(
             transform,
@@ -79,7 +82,8 @@ class TrainLoader:
             )
         elif keep_groups:
             raise DataError(
-                f"data.keep_groups needs a source whose examples are at hand; {source.name!r} is streamed"
+                f"data.keep_groups needs a source whose examples are at hand; {source.name!r} "
+                "is streamed"
             )
         self._batches: Iterator[RawBatch] | None = None
         self._number = 0  # batches consumed, not those prefetched
@@ -157,7 +161,7 @@ class TrainLoader:
             "world_size": self.world_size,
         }
         if self._indexed is not None:
-            return {**found, "examples": len(self.source)}
+            return {**found, "examples": len(self.source), "keep_groups": self.keep_groups}
         return {**found, "shards": len(self.source.shards), "readers": self._readers}
 
     def state_dict(self) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def collect_gallery(
     The draw has a fixed seed and does not look at the answers. Raises DataError for a source
     without a picture that has a caption.
     """
-    from siglip2.data.loader import EvalLoader
+    from siglip2.data import EvalLoader
     from siglip2.data.sources import iterate
     from siglip2.data.types import Example
 

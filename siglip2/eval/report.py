@@ -69,7 +69,7 @@ def _hardware(env: dict[str, Any], result: dict[str, Any]) -> str:
     if env.get("gpu"):
         return env["gpu"]
     if env.get("threads"):
-        return f"CPU, {env['threads']} threads"
+        return f"CPU, {env['threads']} thread{'s' if env['threads'] > 1 else ''}"
     return result.get("device", "")
 
 

@@ -227,7 +227,7 @@ def evaluate(
     The model is put in evaluation mode and back. Raises DataError for a source without images or
     captions and ValueError when embeddings are not finite.
     """
-    from siglip2.data.loader import EvalLoader
+    from siglip2.data import EvalLoader
 
     def say(text: str) -> None:
         if progress:

@@ -85,6 +85,8 @@ def test_a_state_of_another_run_is_refused(shards):
         DataError, match=r"cannot resume .* exactly: batch_size 4 -> 2, world_size 1 -> 2"
     ):
         loader(Numbers(8), batch_size=2, world_size=2).load_state_dict(state)
+    with pytest.raises(DataError, match="keep_groups False -> True"):
+        loader(Numbers(8), keep_groups=True).load_state_dict(state)
     state = loader(streamed(shards), workers=2).state_dict()
     with pytest.raises(DataError, match="readers 2 -> 1"):
         loader(streamed(shards)).load_state_dict(state)

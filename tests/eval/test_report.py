@@ -11,7 +11,6 @@ from siglip2.config import EvalConfig
 from siglip2.data.images import FixedTransform
 from siglip2.data.sources import open_source
 from siglip2.errors import DataError
-from siglip2.eval.charts import line_chart, number, tick_label, ticks
 from siglip2.eval.gallery import (
     Gallery,
     choose_languages,
@@ -79,10 +78,11 @@ def run_dir(tmp_path_factory):
     """A finished run whose captions, subset and source names all attack the page."""
     folder = tmp_path_factory.mktemp("run")
     data = write_folder(folder / "data")
-    for path in data.glob("flat-*.json"):
+    for path in data.glob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
         record["captions"]["en"] = f"{record['group']} {ATTACK}"
-        record["subset"] = ATTACK
+        if record["subset"] == "flat":
+            record["subset"] = ATTACK
         path.write_text(json.dumps(record), encoding="utf-8")
     sources = {"held_out": open_source(str(data)), f"seen {ATTACK}": open_source(str(data))}
     model, transform = tiny_model(), FixedTransform(32)
@@ -140,7 +140,7 @@ def test_sources_and_subsets_are_shown_apart(report):
     words = "".join(Page(report).words)
     for name in ("Held out - framed", "Held out - <script>", "Seen <script>"):
         assert name in words
-    assert "Zero-shot classification into 12 classes" in words
+    assert "Zero-shot classification into 6 classes" in words
 
 
 def test_is_made_again_from_files_alone(run_dir, report):
@@ -194,7 +194,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path):
         file.write('{"step": 300, "examples": 1, "train/loss": NaN, "time_s": 1}\n')
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "1 logged losses are not finite" in text
-    assert "nan,".casefold() not in text.split("polyline")[1].casefold()
+    assert not any("nan" in points for points in re.findall(r'points="([^"]*)"', text))
 
 
 def test_gallery_comes_back_from_its_files(tmp_path):
@@ -242,28 +242,3 @@ def test_languages_of_other_scripts_come_first():
     captions = [{"de": "Rot", "en": "red", "ru": "красный", "fr": "rouge", "ko": "빨강"}] * 3
     assert list(choose_languages(captions, limit=4)) == ["en", "ko", "ru", "de"]
     assert list(choose_languages([*captions, {"en": "x"}], limit=1)) == ["en"]
-
-
-def test_ticks_are_round_and_inside():
-    assert ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
-    for low, high in ((-5.51, -5.49), (0.001, 7e6), (3, 3.0001)):
-        found = ticks(low, high)
-        assert 2 <= len(found) <= 6
-        assert all(low - 1e-9 * abs(low) <= tick <= high * (1 + 1e-9) for tick in found[1:-1])
-        assert len({tick_label(tick, found) for tick in found}) == len(found) or high == 3.0001
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (2.5e-4, "2.5e-4"), (0.1234, "0.123"), (1234.5, "1,234"), (5_700_000, "5.7 M")],
-)
-def test_number(value, text):
-    assert number(value) == text
-
-
-def test_a_chart_needs_two_finite_points():
-    assert line_chart({"a": [(0, 1)], "b": []}, title="x") == ""
-    assert line_chart({"a": [(0, 1), (1, float("nan"))]}, title="x") == ""
-    text = line_chart({"a": [(0, 1), (1, 3)], "b": [(0, 2), (1, 2)]}, title="x")
-    assert text.count("<polyline") == 2
-    assert "a: 1 to 3; b: 2 to 2" in text

@@ -1,4 +1,4 @@
-"""A tiny model, a stand-in tokenizer and a folder of coloured squares with captions in five languages."""
+"""A tiny model, a stand-in tokenizer, and coloured squares with captions in five languages."""
 
 import json
 from pathlib import Path

@@ -80,9 +80,8 @@ def _folder_format(folder: Path, configs: Mapping[str, Any]) -> str:
     if list(folder.glob("*.npz")):
         return "big_vision"
     raise CheckpointError(
-        f"need a folder with config.json of a siglip or siglip2 model, {open_clip.CONFIG}, timm's"
-        f" config.json or"
-        f" one .npz; {folder} holds {_contents(folder)}"
+        f"need a folder with config.json of a siglip or siglip2 model, {open_clip.CONFIG},"
+        f" timm's config.json or one .npz; {folder} holds {_contents(folder)}"
     )
 
 
@@ -109,9 +108,8 @@ def _tensor_format(tensors: State, path: Path) -> Format:
         if module.recognises(tensors):
             return name  # type: ignore[return-value]
     raise CheckpointError(
-        f"{path} holds no SigLIP weights in a known format ({', '.join(FORMATS)}); its first"
-        f" tensors are"
-        f" {', '.join(list(tensors)[:5]) or 'none'}"
+        f"{path} holds no SigLIP weights in a known format ({', '.join(FORMATS)});"
+        f" its first tensors are {', '.join(list(tensors)[:5]) or 'none'}"
     )
 
 
@@ -143,9 +141,8 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
         model = timm.released_with(checkpoint.tensors) or "NAME"
         raise CheckpointError(
             f"{checkpoint.name!r} is a timm vision tower: it has no text tower, temperature or"
-            f" bias. Use"
-            f" create_model({model!r}, pretrained=...), which starts those from random weights, or"
-            " load_vision(model, ...)"
+            f" bias. Use create_model({model!r}, pretrained=...), which starts those from random"
+            " weights, or load_vision(model, ...)"
         )
     module = FORMATS[checkpoint.format]
     return module.architecture(checkpoint.tensors, checkpoint.config, what=repr(checkpoint.name))
@@ -168,8 +165,7 @@ def check_same_kind(name: str, found: VisionConfig, wanted: VisionConfig) -> Non
         raise CheckpointError(
             f"{name!r} has model_type {hf.model_type(found)!r} ({kinds[found.is_naflex]}), but a"
             f" {kinds[wanted.is_naflex]} model was asked for. Use create_model({suggestion!r});"
-            f" names ending in"
-            " '-naflex' are the variable-resolution ones"
+            " names ending in '-naflex' are the variable-resolution ones"
         )
     if found.size.num_heads != wanted.size.num_heads:
         raise CheckpointError(

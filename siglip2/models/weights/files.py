@@ -104,11 +104,10 @@ def _unreadable(path: Path, kind: str, error: Exception) -> CheckpointError:
         )
     if head.startswith(b"version https://git-lfs"):
         return CheckpointError(f"{path} is a Git LFS pointer, not weights. Run 'git lfs pull'")
-    reason = str(error).strip().splitlines()
+    reason = next(iter(str(error).strip().splitlines()), "no reason given")
     return CheckpointError(
         f"cannot read {path} ({path.stat().st_size} bytes) as a {kind} file: it is cut short,"
-        f" damaged or of"
-        f" another kind ({type(error).__name__}: {reason[0] if reason else 'no reason given'})"
+        f" damaged or of another kind ({type(error).__name__}: {reason})"
     )
 
 

@@ -147,9 +147,8 @@ def _size(tensors: State, tower: str, config: Mapping[str, Any] | None, what: st
     act, eps = config.get("hidden_act", DEFAULT_ACT), config.get("layer_norm_eps", LAYER_NORM_EPS)
     if act != DEFAULT_ACT or eps != LAYER_NORM_EPS:
         raise CheckpointError(
-            f"{what}: need hidden_act {DEFAULT_ACT!r} and layer_norm_eps {LAYER_NORM_EPS}; its"
-            f" config says"
-            f" {act!r} and {eps}"
+            f"{what}: need hidden_act {DEFAULT_ACT!r} and layer_norm_eps {LAYER_NORM_EPS};"
+            f" its config says {act!r} and {eps}"
         )
     # The config's depth, not the file's: weights that lost their last layers are no shallower
     # model.
