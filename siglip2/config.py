@@ -54,6 +54,7 @@ class DataConfig:
     shuffle_buffer: int = 10_000  # encoded examples held for shuffling, per reader
     workers: int = 4  # reader processes; 0 reads in the training process
     keep_groups: bool = False  # images of one group come in one batch, as positives of one another
+    random_shift: float = 0.0  # share of the sides; for small data sets, not in the recipe
     cache_images: bool = False  # keep prepared images in memory (small data sets)
     max_image_pixels: int = 100_000_000  # larger images are skipped before decoding
     image_column: str = "image"  # csv, jsonl and HF data sets
@@ -105,8 +106,8 @@ class EvalConfig:
     batch_size: int = 256
     max_images: int | None = None  # None: all
     chunk_size: int = 4096  # rows of the similarity matrix held at a time
-    classes: str | None = None  # JSON file: {"classes": [...], "templates": [...]}
-    activation: Literal["softmax", "sigmoid"] = "softmax"
+    classes: str | None = None  # JSON file {"classes", "templates"}, or "captions:en": the captions
+    activation: Literal["softmax", "sigmoid"] = "softmax"  # of the reported class probability
 
 
 @dataclass(frozen=True, kw_only=True)

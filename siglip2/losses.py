@@ -4,8 +4,9 @@ import logging
 
 import torch
 import torch.distributed as dist
-from siglip2_kernels import sigmoid_loss
 from torch import Tensor, nn
+
+from siglip2_kernels import sigmoid_loss
 
 from .distributed import gather_rows, gather_sizes
 

@@ -6,11 +6,11 @@ import types
 
 import pytest
 import torch
-from toy_case import TOY
 
 from siglip2_bench import ops, options, progress
 from siglip2_bench.cli import main
 from siglip2_bench.result import CSV_COLUMNS, read_json
+from toy_case import TOY
 
 LIGER_COLUMNS = (
     "kernel_name,kernel_provider,kernel_operation_mode,metric_name,metric_unit,x_name,x_label,"

@@ -4,12 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from toy_case import TOY
 
 from siglip2_bench import gpu, ops
 from siglip2_bench.machine import peak_of, this_machine
 from siglip2_bench.result import read_json
 from siglip2_bench.timing import cuda_times, peak_mib
+from toy_case import TOY
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from siglip2.data.augment import random_shift
 from siglip2.data.captions import base_language
 from siglip2.data.images import Transform
 from siglip2.data.sources import IndexedSource, ShardSource
@@ -58,8 +59,10 @@ class Batcher:
         seed: int,
         rank: int,
         cache: bool,
+        max_shift: float = 0.0,
     ):
         self.transform, self.tokenizer = transform, tokenizer
+        self.max_shift = max_shift  # of the sides of an image
         self.captions_per_image = captions_per_image
         self.seed, self.rank, self.cache = seed, rank, cache
 
@@ -103,8 +106,11 @@ class Batcher:
             order = [0] * C if n == 1 else np.resize(rng.permutation(n), C).tolist()
             drawn += [(example, i) for i in order]
         image_ids = torch.tensor([example.group_id for example in examples])
+        image = self.transform.stack([example.image for example in examples])
+        if self.max_shift:
+            image = random_shift(image, self.max_shift, rng)
         return RawBatch(
-            image=self.transform.stack([example.image for example in examples]),
+            image=image,
             text=self._tokens(drawn),
             image_ids=image_ids,
             text_ids=image_ids.repeat_interleave(C),

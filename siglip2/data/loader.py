@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from siglip2.data.batches import Batcher, IndexedBatches, RawBatch, StreamedBatches
 from siglip2.data.eval_loader import EvalBatch, EvalLoader
-from siglip2.data.images import Transform
+from siglip2.data.images import FixedTransform, Transform
 from siglip2.data.skipped import Skipped, _log
 from siglip2.data.sources import ShardSource, Source
 from siglip2.errors import DataError
@@ -33,6 +33,7 @@ class TrainLoader:
         shuffle_buffer: Encoded examples each reader of streamed shards holds.
         cache_images: Keep prepared images and token ids in memory; reads in this process.
         keep_groups: Images of one group (drawings of one thing) come in one batch.
+        random_shift: Move each image by up to this share of its sides; fixed resolution only.
 
     Raises DataError: too few shards, a state of another run, or no example that can be used.
     """
@@ -52,11 +53,18 @@ class TrainLoader:
         shuffle_buffer: int = 10_000,
         cache_images: bool = False,
         keep_groups: bool = False,
+        random_shift: float = 0.0,
     ):
         if min(batch_size, captions_per_image, world_size, shuffle_buffer) < 1 or workers < 0:
             raise DataError(
                 "need batch_size, captions_per_image, shuffle_buffer >= 1 and workers >= 0; got "
                 f"{batch_size}, {captions_per_image}, {shuffle_buffer}, {workers}"
+            )
+        if not 0 <= random_shift < 0.5 or (
+            random_shift and not isinstance(transform, FixedTransform)
+        ):
+            raise DataError(
+                f"data.random_shift must be in [0, 0.5), and 0 for NaFlex models; got {random_shift}"
             )
         self.source, self.transform = source, transform
         self.batch_size, self.seed = batch_size, seed
@@ -70,6 +78,7 @@ class TrainLoader:
             seed=seed,
             rank=rank,
             cache=cache_images,
+            max_shift=random_shift,
         )
         self._indexed = None
         if not isinstance(source, ShardSource):

@@ -6,7 +6,6 @@ A gallery is a JSON file and thumbnails in the run's folder: a report is made of
 import hashlib
 import io
 import json
-import os
 import random
 import shutil
 import unicodedata
@@ -29,6 +28,7 @@ from siglip2.eval.embed import (
     text_groups,
 )
 from siglip2.eval.zero_shot import Tokenizer
+from siglip2.files import write_atomic
 from siglip2.models.siglip2 import Siglip2
 
 FILE, THUMBNAILS = "gallery.json", "thumbnails"
@@ -66,9 +66,7 @@ class Gallery(NamedTuple):
                 files[key] = f"{THUMBNAILS}/{digest}.webp"
                 (folder / files[key]).write_bytes(data)
             out.append({**source._asdict(), "pictures": files})
-        beside = folder / ".gallery.json.partial"
-        beside.write_text(json.dumps(out, ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(beside, folder / FILE)
+        write_atomic(folder / FILE, json.dumps(out, ensure_ascii=False, indent=1))
         return folder / FILE
 
 

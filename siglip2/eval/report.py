@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from siglip2.eval.charts import line_chart, number
 from siglip2.eval.gallery import Gallery, load_gallery
 from siglip2.eval.page import page
 from siglip2.eval.sections import gallery_section, humanize, percent, retrieval, tile
+from siglip2.files import write_atomic
 
 FILE = "report.html"
 Rows = list[dict[str, Any]]
@@ -205,7 +205,6 @@ def write_report(run_dir: str | Path) -> Path:
     nav = "".join(f'<a href="#{anchor}">{label}</a>' for anchor, label in links)
     head = f"<header><h1>{escape(title)}</h1>{_lead(_read_config(run_dir / 'config.yaml'))}"
     head += f"<nav>{nav}</nav></header>"
-    path, beside = run_dir / FILE, run_dir / f".{FILE}.partial"
-    beside.write_text(page(title, head + "".join(body) + _footer(env)), encoding="utf-8")
-    os.replace(beside, path)
+    path = run_dir / FILE
+    write_atomic(path, page(title, head + "".join(body) + _footer(env)))
     return path

@@ -7,7 +7,6 @@ false. In a distributed run rank 0 calls `evaluate` and the other ranks wait.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,13 @@ from siglip2.eval.zero_shot import (
     ClassSet,
     Tokenizer,
     classes_from_captions,
+    classify,
     read_classes,
     targets,
     top_k_accuracy,
     zero_shot_classifier,
 )
+from siglip2.files import write_atomic
 from siglip2.models.siglip2 import Siglip2
 
 KS = (1, 5, 10)
@@ -82,10 +83,7 @@ class EvalResult:
     def write_json(self, path: str | Path) -> Path:
         """Write everything as JSON; a reader sees the old file or the new one, never half."""
         path = Path(path)
-        beside = path.with_name(f".{path.name}.partial")
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        write_atomic(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
         return path
 
 
@@ -155,21 +153,30 @@ def _zero_shot(
     found: EmbeddedImages,
     classes: ClassSet,
     classifier: Tensor,  # (D, C)
-    *,
-    chunk_size: int,
+    config: EvalConfig,
 ) -> dict[str, float | int] | None:
-    """Accuracy over the images of a class; None when there is none."""
+    """Accuracy over the images of a class, and the mean probability of the right one; None when there is none."""
     target = targets(classes, found.captions, found.groups).to(model.device)
     known = target >= 0
     num_images = int(known.sum())
     if not num_images:
         return None
-    top = top_k_accuracy(found.img[known], classifier, target[known], chunk_size=chunk_size)
+    img, target = found.img[known], target[known]
+    top = top_k_accuracy(img, classifier, target, chunk_size=config.chunk_size)
+    scores = [
+        classify(part, classifier, model.log_scale, model.bias, activation=config.activation)
+        .gather(1, of_part[:, None])
+        .sum()
+        for part, of_part in zip(
+            img.split(config.chunk_size), target.split(config.chunk_size), strict=True
+        )
+    ]
     return {
         "num_images": num_images,
         "num_without_class": len(target) - num_images,
         "num_classes": len(classes.names),
         **{f"top{k}": value for k, value in top.items()},
+        f"{config.activation}_probability": float(sum(scores)) / num_images,
         **{f"chance_top{k}": min(1.0, k / len(classes.names)) for k in top},
     }
 
@@ -200,7 +207,7 @@ def _source(
         part = _select(found, subset)
         out = _subset(part, texts, chunk_size=config.chunk_size)
         if config.classes is not None:
-            scores = _zero_shot(model, part, classes, classifier, chunk_size=config.chunk_size)
+            scores = _zero_shot(model, part, classes, classifier, config)
             if scores is not None:
                 out["zero_shot"] = scores
         yield subset or ALL, out

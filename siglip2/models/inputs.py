@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.types import PackedImages
@@ -92,9 +93,9 @@ def _from_timm(
     valid: Tensor,  # (B, N) bool
 ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
     valid = valid.bool()
-    sizes = (
-        (coord * valid[..., None]).amax(1) + 1 if coord.shape[1] else coord.new_zeros(len(coord), 2)
-    )
+    # One past the largest coordinate; an image with nothing valid gets the grid (0, 0).
+    masked = F.pad(coord.masked_fill(~valid[..., None], -1), (0, 0, 0, 1), value=-1)
+    sizes = masked.amax(1) + 1
     grids = tuple((h, w) for h, w in sizes.tolist())
     order = coord[..., 0] * sizes[:, 1:] + coord[..., 1]
     expected = torch.arange(coord.shape[1], device=coord.device).expand_as(order)

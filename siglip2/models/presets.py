@@ -49,6 +49,7 @@ class Architecture:
 
 _TINY = TowerSize(width=64, depth=2, mlp_width=128, num_heads=2)
 _QUICK = TowerSize(width=192, depth=4, mlp_width=768, num_heads=3)
+_QUICK_TEXT = TowerSize(width=128, depth=2, mlp_width=512, num_heads=2)
 _B = TowerSize(width=768, depth=12, mlp_width=3072, num_heads=12)
 _L = TowerSize(width=1024, depth=24, mlp_width=4096, num_heads=16)
 _SO400M = TowerSize(width=1152, depth=27, mlp_width=4304, num_heads=16)
@@ -85,7 +86,7 @@ def _table() -> dict[str, Architecture]:
     for name, size in (("base", _B), ("so400m", _SO400M)):
         table[f"siglip2-{name}-patch16-naflex"] = _pair(size, 16, 256, is_naflex=True)
 
-    quick = _pair(_QUICK, 8, 32)
+    quick = _pair(_QUICK, 8, 32, _QUICK_TEXT)
     table["siglip2-quickstart-patch8-32"] = replace(
         quick, text=replace(quick.text, vocab_size=8192)
     )

@@ -30,11 +30,7 @@ def resample_posemb(
         elif h * w == 0:
             resampled[h, w] = table.new_empty(0, table.shape[-1])
         else:
-            planes = table.permute(2, 0, 1)[None]  # (1, D, G, G)
-            planes = F.interpolate(
-                planes, size=(h, w), mode="bilinear", align_corners=False, antialias=True
-            )
-            resampled[h, w] = planes[0].flatten(1).T
+            resampled[h, w] = _resample(table, h, w)
     if len(resampled) == 1:
         (single,) = resampled.values()
         return single.repeat(len(grids), 1)
@@ -43,6 +39,15 @@ def resample_posemb(
         if grids
         else table.new_empty(0, table.shape[-1])
     )
+
+
+def _resample(table: Tensor, h: int, w: int) -> Tensor:  # (G, G, D) -> (h * w, D)
+    planes = table.permute(2, 0, 1)[None]  # (1, D, G, G)
+    if w == 1 and h > 1:
+        # torch's CPU antialias is wrong for a width of 1; a height of 1 is right.
+        return _resample(table.transpose(0, 1), 1, h)
+    planes = F.interpolate(planes, (h, w), mode="bilinear", align_corners=False, antialias=True)
+    return planes[0].flatten(1).T
 
 
 class VisionTower(nn.Module):

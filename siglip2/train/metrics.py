@@ -1,13 +1,13 @@
 """Where numbers go: metrics.jsonl always, the console, and TensorBoard, wandb or trackio when asked."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import require
+from ..files import write_atomic
 
 
 class JsonLines:
@@ -20,9 +20,7 @@ class JsonLines:
                 row = _parse(line)
                 if row is not None and row["step"] <= from_step:
                     kept.append(line)
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(beside, path)
+        write_atomic(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:

@@ -14,21 +14,26 @@ import torch
 from .. import __version__
 from ..config import Config
 from ..errors import ConfigError
+from ..files import write_atomic
 from .checkpoint import checkpoints
 
 # A resumed run may change these: they do not alter what is computed.
-FREE_TO_CHANGE = (
-    "train.output_dir train.resume train.overwrite train.log_every_steps train.checkpoint_every_steps"
-    " train.keep_checkpoints train.eval_every_steps train.report_to train.threads train.parallel"
-    " train.on_nonfinite train.check_shapes data.val data.cache_images"
-).split()
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+FREE_TO_CHANGE = [
+    "train.output_dir",
+    "train.resume",
+    "train.overwrite",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.eval_every_steps",
+    "train.report_to",
+    "train.threads",
+    "train.parallel",
+    "train.on_nonfinite",
+    "train.check_shapes",
+    "data.val",
+    "data.cache_images",
+]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

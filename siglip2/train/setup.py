@@ -59,8 +59,10 @@ def build_transform(model: Siglip2, data: DataConfig) -> Any:
 
     vision = model.architecture.vision
     if vision.is_naflex:
-        return NaflexTransform(vision.patch_size, data.max_num_patches)
-    return FixedTransform(vision.image_size)
+        return NaflexTransform(
+            vision.patch_size, data.max_num_patches, max_image_pixels=data.max_image_pixels
+        )
+    return FixedTransform(vision.image_size, max_image_pixels=data.max_image_pixels)
 
 
 def build_schedule(config: Config) -> Callable[[float], float]:

@@ -61,6 +61,7 @@ class Run:
             shuffle_buffer=config.data.shuffle_buffer,
             cache_images=config.data.cache_images,
             keep_groups=config.data.keep_groups,
+            random_shift=config.data.random_shift,
         )
         self.task = wrap(Siglip2Task(model), config.train.parallel)
         self.step = TrainStep(

@@ -5,11 +5,11 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+
 from compare import assert_no_worse
 from ranks import run
-from siglip2_kernels.sigmoid_loss import reference
-
 from siglip2.losses import SigLipLoss
+from siglip2_kernels.sigmoid_loss import reference
 
 D = 24
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import yaml
+
 from siglip2.cli_config import parse_config
 from siglip2.config import Config
 from siglip2.errors import ConfigError

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run
 
+from ranks import run
 from siglip2.config import OptimConfig
 from siglip2.models.presets import architecture
 from siglip2.models.siglip2 import Siglip2
@@ -16,7 +16,12 @@ from siglip2.train.step import TrainStep
 from siglip2.train.task import Siglip2Task
 
 NUM_STEPS = 3
-NAMES = ("model.vision.patch_embed.weight", "model.text.token_embed", "model.log_scale", "model.bias")
+NAMES = (
+    "model.vision.patch_embed.weight",
+    "model.text.token_embed",
+    "model.log_scale",
+    "model.bias",
+)
 
 
 def make_task():

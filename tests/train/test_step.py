@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from siglip2.config import OptimConfig
 from siglip2.errors import NonFiniteLossError
 from siglip2.models.presets import architecture

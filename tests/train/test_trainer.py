@@ -12,8 +12,15 @@ import pytest
 import torch
 import yaml
 
-from siglip2.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
-from siglip2.config import QuickstartConfig
+from siglip2.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    QuickstartConfig,
+    TrainConfig,
+)
 from siglip2.errors import CheckpointError, ConfigError
 from siglip2.train.checkpoint import checkpoints
 from siglip2.train.run_dir import to_yaml
@@ -73,7 +80,9 @@ def start(config: Config, path: Path) -> subprocess.Popen:
     code = "import sys; from siglip2.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "train", "--config", str(path)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
 
 
 def kill_after(process: subprocess.Popen, folder: Path, step: int) -> None:
@@ -115,7 +124,10 @@ def test_a_run_leaves_all_its_files(finished):
     names = {p.name for p in finished.iterdir()}
     assert {"config.yaml", "env.json", "metrics.jsonl", "eval.json", "report.html"} <= names
     assert [row["step"] for row in rows(finished)] == list(range(1, 9))
-    assert [p.name for p in checkpoints(finished / "checkpoints")] == ["step_000000006", "step_000000008"]
+    assert [p.name for p in checkpoints(finished / "checkpoints")] == [
+        "step_000000006",
+        "step_000000008",
+    ]
     saved = yaml.safe_load((finished / "config.yaml").read_text())
     assert saved["train"]["examples"] == 128
     metrics = json.loads((finished / "eval.json").read_text())["metrics"]
@@ -150,7 +162,9 @@ def test_a_finished_run_does_not_train_again(finished, cache, capsys):
 
 def test_other_settings_are_refused_by_name(finished, cache):
     config = make_config(finished, cache, batch_size=8)
-    with pytest.raises(ConfigError, match=r"other settings \(.*train.batch_size: 16 -> 8.*overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"other settings \(.*train.batch_size: 16 -> 8.*overwrite"
+    ):
         train(config)
 
 
@@ -175,7 +189,9 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path, cache):
     (last,) = checkpoints(tmp_path / "run" / "checkpoints")
     part = next(last.glob("*.distcp"))
     part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"cannot read checkpoint .*step_000000002.*Delete it"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot read checkpoint .*step_000000002.*Delete it"
+    ):
         Run(make_config(tmp_path / "run", cache, steps=2))
 
 
@@ -189,7 +205,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, cache):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # bytes a file may grow to
     try:
-        with pytest.raises(CheckpointError, match=r"could not write.*last complete one is .*step_000000004"):
+        with pytest.raises(
+            CheckpointError, match=r"could not write.*last complete one is .*step_000000004"
+        ):
             run.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
