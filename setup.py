@@ -1,6 +1,7 @@
 """Folder mapping: `kernels/` is imported as siglip2_kernels and `bench/` as siglip2_bench.
 
-Nothing installed may be called `kernels`: that name is a package of Hugging Face's which transformers imports.
+Nothing installed may be called `kernels`: that name is a package of Hugging Face's which
+transformers imports.
 """
 
 from setuptools import find_packages, setup

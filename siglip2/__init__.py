@@ -5,7 +5,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that holds it. Loaded on first use, so that `import siglip2` adds nothing to torch's own import.
+# Public name -> module that holds it. Loaded on first use, so that `import siglip2` adds nothing
+# to torch's own import.
 _PUBLIC = {
     "list_models": "siglip2.models.presets",
     "create_model": "siglip2.models.factory",

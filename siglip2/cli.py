@@ -22,7 +22,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status. Errors a user can act on are one line, without a traceback."""
+    """Run one command; return its exit status.
+
+    Errors a user can act on are one line, without a traceback.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="siglip2",

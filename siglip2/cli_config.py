@@ -77,7 +77,10 @@ def _explain(message: str) -> str:
 
 
 def _nearest(key: str) -> str | None:
-    """The known key most like `key`: same last part, its initials (learning_rate: lr), or near in spelling."""
+    """The known key most like `key`.
+
+    Same last part, its initials (learning_rate: lr), or near in spelling.
+    """
     known = list(flatten(asdict(Config())))
     group, _, leaf = key.rpartition(".")
     initials = "".join(part[0] for part in leaf.split("_") if part)

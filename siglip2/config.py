@@ -1,7 +1,7 @@
 """Every knob of a run, typed and frozen: a field has one reader, a unit and a source.
 
-A preset is a function that returns a `Config` (siglip2/recipe/presets.py); the command line overrides
-single fields of it (`siglip2 train --config quickstart --optim.lr 1e-3`).
+A preset is a function that returns a `Config` (siglip2/recipe/presets.py); the command line
+overrides single fields of it (`siglip2 train --config quickstart --optim.lr 1e-3`).
 """
 
 from dataclasses import dataclass, field

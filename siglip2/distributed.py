@@ -51,7 +51,8 @@ def gather_rows(
 def check_same(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Compare a shape and dtype over all ranks with one small collective.
 
-    Raises ValueError on every rank when they differ, where later collectives would hang or mix rows.
+    Raises ValueError on every rank when they differ, where later collectives would hang or mix
+    rows.
     """
     mine = torch.tensor(
         [len(shape), *shape, *(-1,) * (7 - len(shape)), _code(dtype)], device=device

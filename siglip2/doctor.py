@@ -11,7 +11,8 @@ def diagnose(where: str, *, text_length: int = 64) -> int:
     failed = 0
     for name, fault in _checks(where, text_length):
         print(
-            f"{'ok    ' if fault is None else 'FAILED'} {name}{'' if fault is None else ': ' + fault}"
+            f"{'ok    ' if fault is None else 'FAILED'} {name}"
+            f"{'' if fault is None else ': ' + fault}"
         )
         failed |= fault is not None
     return failed
@@ -45,8 +46,8 @@ def _load(where: str) -> str | None:
     scale = float(model.log_scale.detach().exp())
     if scale < 1.5:
         return (
-            f"temperature exp(logit_scale) is {scale:.2f}: weights of an untrained transformers model;"
-            " train with model.init_temperature=10"
+            f"temperature exp(logit_scale) is {scale:.2f}: weights of an untrained transformers"
+            " model; train with model.init_temperature=10"
         )
     return None
 

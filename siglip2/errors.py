@@ -1,8 +1,11 @@
-"""Errors a user can act on: what is needed, what came, what to do. One base class, `Siglip2Error`."""
+"""Errors a user can act on: what is needed, what came, what to do.
+
+One base class, `Siglip2Error`.
+"""
 
 
 class Siglip2Error(Exception):
-    """Base of every error this library raises on purpose beyond ValueError and NotImplementedError."""
+    """Base of every error raised here on purpose beyond ValueError and NotImplementedError."""
 
 
 class ConfigError(Siglip2Error, ValueError):

@@ -18,18 +18,20 @@ OPEN_CLIP_IMPLS = ("bidir", "shift", "reduce")
 class SigLipLoss(nn.Module):
     """SigLIP's pairwise sigmoid loss (arXiv:2303.15343) with open_clip's call and convention.
 
-    The value is the sum over local images x all texts, divided by global batch / world size: the local batch when all
-    ranks hold as many, and in any case the number whose mean over ranks is the global loss (what DDP and FSDP
-    average). Ranks may hold different numbers of rows, or none.
+    The value is the sum over local images x all texts, divided by global batch / world size: the
+    local batch when all ranks hold as many, and in any case the number whose mean over ranks is the
+    global loss (what DDP and FSDP average). Ranks may hold different numbers of rows, or none.
 
     Args:
-        rank, world_size, cache_labels, chunk_size: accepted for open_clip; the process group decides, and memory is
-            bounded without a chunk size.
-        dist_impl: "gather" (default). open_clip's "bidir", "shift" and "reduce" give the same numbers here by "gather".
+        rank, world_size, cache_labels, chunk_size: accepted for open_clip; the process group
+            decides, and memory is bounded without a chunk size.
+        dist_impl: "gather" (default). open_clip's "bidir", "shift" and "reduce" give the same
+            numbers here by "gather".
         process_group: ranks that share negatives; None means all.
         backend: see `siglip2_kernels.sigmoid_loss`.
 
-    Raises ValueError when `world_size` contradicts the process group, NotImplementedError for an unknown `dist_impl`.
+    Raises ValueError when `world_size` contradicts the process group, NotImplementedError for an
+    unknown `dist_impl`.
     """
 
     def __init__(
@@ -50,7 +52,8 @@ class SigLipLoss(nn.Module):
             )
         elif dist_impl not in (None, "gather"):
             raise NotImplementedError(
-                f"need dist_impl 'gather' (or open_clip's {', '.join(OPEN_CLIP_IMPLS)}); got {dist_impl!r}"
+                f"need dist_impl 'gather' (or open_clip's {', '.join(OPEN_CLIP_IMPLS)});"
+                f" got {dist_impl!r}"
             )
         ranks = dist.get_world_size(process_group) if dist.is_initialized() else 1
         if world_size not in (1, ranks):
@@ -101,7 +104,8 @@ class SigLipLoss(nn.Module):
         if image_ids is None:
             if txt.shape[0] != num:
                 raise ValueError(
-                    f"need as many texts as images, or ids; got {num} images and {txt.shape[0]} texts"
+                    "need as many texts as images, or ids;"
+                    f" got {num} images and {txt.shape[0]} texts"
                 )
             # Pairing by position: positions over all ranks become the ids.
             first = sum(sizes[: dist.get_rank(group)])

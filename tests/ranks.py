@@ -14,7 +14,10 @@ import torch.multiprocessing as mp
 
 
 def _load(file: str, name: str) -> Callable:
-    """A function of a test file: pytest's importlib mode gives such files no name a new process could import."""
+    """A function of a test file.
+
+    pytest's importlib mode gives such files no name a new process could import.
+    """
     spec = importlib.util.spec_from_file_location("rank_functions", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,7 @@
-"""Walls of the project: who may import whom, how an op folder looks, what hot paths may not call."""
+"""Walls of the project.
+
+Who may import whom, how an op folder looks, what hot paths may not call.
+"""
 
 import ast
 import re
@@ -173,7 +176,10 @@ def run_python(code: str) -> str:
 
 def test_nothing_installed_is_called_kernels_or_bench():
     # transformers imports Hugging Face's package of that name
-    code = "import siglip2_kernels, siglip2_bench; print(siglip2_kernels.__file__, siglip2_bench.__file__)"
+    code = (
+        "import siglip2_kernels, siglip2_bench;"
+        " print(siglip2_kernels.__file__, siglip2_bench.__file__)"
+    )
     assert "kernels" in run_python(code)
     found = run_python(
         "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"

@@ -1,4 +1,7 @@
-"""Random shifts for data sets small enough to be learned by heart. Not part of the published recipe."""
+"""Random shifts for data sets small enough to be learned by heart.
+
+Not part of the published recipe.
+"""
 
 import numpy as np
 import torch

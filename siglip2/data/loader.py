@@ -64,11 +64,11 @@ class TrainLoader:
             random_shift and not isinstance(transform, FixedTransform)
         ):
             raise DataError(
-                f"data.random_shift must be in [0, 0.5), and 0 for NaFlex models; got {random_shift}"
+                "data.random_shift must be in [0, 0.5), and 0 for NaFlex models;"
+                f" got {random_shift}"
             )
         self.source, self.transform = source, transform
-        self.batch_size, self.seed = batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.shuffle_buffer, self.keep_groups = shuffle_buffer, keep_groups
         self.workers = _usable_workers(source, workers, world_size, cache_images)
         self._batcher = Batcher(

@@ -155,7 +155,10 @@ def _zero_shot(
     classifier: Tensor,  # (D, C)
     config: EvalConfig,
 ) -> dict[str, float | int] | None:
-    """Accuracy over the images of a class, and the mean probability of the right one; None when there is none."""
+    """Accuracy over the images of a class, and the mean probability of the right one.
+
+    None when there is none.
+    """
     target = targets(classes, found.captions, found.groups).to(model.device)
     known = target >= 0
     num_images = int(known.sum())

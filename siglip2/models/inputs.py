@@ -30,7 +30,10 @@ def patchify(
     image: Tensor,  # (B, C, H, W)
     patch_size: int,
 ) -> Tensor:  # (B, h, w, P*P*C)
-    """Cut whole patches, row-major; inside a patch (y, x, channel). A remainder of pixels is cropped."""
+    """Cut whole patches, row-major; inside a patch (y, x, channel).
+
+    A remainder of pixels is cropped.
+    """
     B, C, H, W = image.shape
     P = patch_size
     h, w = H // P, W // P
@@ -43,8 +46,9 @@ def vision_inputs(
 ) -> VisionInputs:
     """Packed patches of a batch, on `device`, in `dtype`.
 
-    Takes an image tensor (B, 3, H, W) in [-1, 1], `PackedImages`, timm's dictionary (`patches, patch_coord,
-    patch_valid`) or transformers' (`pixel_values, pixel_attention_mask, spatial_shapes`).
+    Takes an image tensor (B, 3, H, W) in [-1, 1], `PackedImages`, timm's dictionary
+    (`patches, patch_coord, patch_valid`) or transformers'
+    (`pixel_values, pixel_attention_mask, spatial_shapes`).
     Raises ValueError for any other shape or key.
     """
     if isinstance(image, Tensor):
@@ -58,8 +62,8 @@ def vision_inputs(
     else:
         got = sorted(image) if isinstance(image, Mapping) else type(image).__name__
         raise ValueError(
-            f"need an image tensor (B, 3, H, W), PackedImages, or a dictionary with {TIMM_KEYS} or {HF_KEYS};"
-            f" got {got}"
+            "need an image tensor (B, 3, H, W), PackedImages, or a dictionary with"
+            f" {TIMM_KEYS} or {HF_KEYS}; got {got}"
         )
     _check(patches, grids, config)
     patches = patches.to(device)
@@ -78,8 +82,8 @@ def _from_tensor(image: Tensor, config: VisionConfig) -> tuple[Tensor, tuple[tup
         raise ValueError(f"need images (B, 3, H, W); got {tuple(image.shape)}")
     if any(size // config.patch_size != grid for size in image.shape[2:]):
         raise ValueError(
-            f"need images (B, 3, {side}, {side}); got {tuple(image.shape)}. Resize them with the model's own"
-            " transform, or pass PackedImages to use other sizes"
+            f"need images (B, 3, {side}, {side}); got {tuple(image.shape)}. Resize them with the"
+            " model's own transform, or pass PackedImages to use other sizes"
         )
     if not image.is_floating_point():
         raise ValueError(f"need float images in [-1, 1]; got {image.dtype}. Use x / 127.5 - 1")
@@ -101,8 +105,8 @@ def _from_timm(
     expected = torch.arange(coord.shape[1], device=coord.device).expand_as(order)
     if not bool(((order == expected) | ~valid).all()):
         raise ValueError(
-            "need every patch of each image, row by row, before its padding; got patch_coord in another order or"
-            " with gaps"
+            "need every patch of each image, row by row, before its padding; got patch_coord in"
+            " another order or with gaps"
         )
     return patches[valid], grids
 
@@ -120,7 +124,8 @@ def _check(patches: Tensor, grids: tuple[tuple[int, int], ...], config: VisionCo
     tokens = sum(h * w for h, w in grids)
     if patches.ndim != 2 or patches.shape[1] != width:
         raise ValueError(
-            f"need patches (T, {width}) for patch size {config.patch_size}; got {tuple(patches.shape)}"
+            f"need patches (T, {width}) for patch size {config.patch_size};"
+            f" got {tuple(patches.shape)}"
         )
     if patches.shape[0] != tokens:
         raise ValueError(f"need {tokens} patches for grids {grids[:4]}...; got {patches.shape[0]}")

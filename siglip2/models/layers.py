@@ -1,4 +1,7 @@
-"""Building blocks of the towers. Precision is explicit: weights stay float32, each layer casts to its input's dtype."""
+"""Building blocks of the towers.
+
+Precision is explicit: weights stay float32, each layer casts to its input's dtype.
+"""
 
 import math
 
@@ -111,7 +114,10 @@ def init_linear(layer: Linear, *, bias_std: float = 0.0, num_stacked: int = 1) -
 
 
 def init_lecun_normal(layer: Linear) -> None:
-    """flax's default for Dense and Conv: normal of variance 1/fan_in, truncated at two deviations."""
+    """flax's default for Dense and Conv.
+
+    Normal of variance 1/fan_in, truncated at two deviations.
+    """
     # 0.8796 is the deviation of a unit normal truncated at +-2.
     std = 1 / (math.sqrt(layer.in_features) * 0.87962566103423978)
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)

@@ -1,7 +1,7 @@
 """Every released SigLIP 2 architecture as a table, and tiny ones for tests and the quick start.
 
-Sizes: big_vision `decode_variant` and the released checkpoints. g-opt pairs its 1536-wide vision tower with
-the So400m text tower; only the text head reaches 1536.
+Sizes: big_vision `decode_variant` and the released checkpoints. g-opt pairs its 1536-wide vision
+tower with the So400m text tower; only the text head reaches 1536.
 """
 
 import difflib
@@ -116,7 +116,8 @@ def architecture(
 ) -> Architecture:
     """The architecture called `name`, with its text side overridden where asked.
 
-    A hub prefix such as `google/` is ignored.  Raises ValueError, naming near matches, when unknown.
+    A hub prefix such as `google/` is ignored.  Raises ValueError, naming near matches, when
+    unknown.
     """
     short = name.rsplit("/", 1)[-1]
     if short not in ARCHITECTURES:

@@ -20,9 +20,10 @@ def normalize(
 
 
 class Siglip2(nn.Module):
-    """Image and text towers with the learned `log_scale` (log temperature) and `bias` of the sigmoid loss.
+    """Image and text towers with the sigmoid loss's learned `log_scale` and `bias`.
 
-    Weights are float32; `dtype` is what activations are computed in.
+    `log_scale` is the log temperature. Weights are float32; `dtype` is what
+    activations are computed in.
     """
 
     def __init__(
@@ -60,7 +61,11 @@ class Siglip2(nn.Module):
     def encode_image(
         self, image: Images, normalize: bool = False
     ) -> Tensor:  # (B, D); float32 when normalised
-        """Embeddings of an image tensor (B, 3, H, W) in [-1, 1], `PackedImages`, or timm's or transformers' dictionary."""
+        """Embeddings of images.
+
+        Takes an image tensor (B, 3, H, W) in [-1, 1], `PackedImages`, or timm's or transformers'
+        dictionary.
+        """
         return _maybe_normalize(self.forward_vision(image).pooled, normalize)
 
     def encode_text(
@@ -68,11 +73,15 @@ class Siglip2(nn.Module):
         text: Tensor,  # (B, L) int64
         normalize: bool = False,
     ) -> Tensor:  # (B, D); float32 when normalised
-        """Embeddings of token ids from `get_tokenizer`: padded with 0 to the tower's length, no mask."""
+        """Embeddings of token ids from `get_tokenizer`.
+
+        They are padded with 0 to the tower's length, no mask.
+        """
         length = self.architecture.text.length
         if text.ndim != 2 or text.shape[1] != length or text.is_floating_point():
             raise ValueError(
-                f"need token ids (B, {length}) of an integer type; got {tuple(text.shape)} {text.dtype}."
+                f"need token ids (B, {length}) of an integer type;"
+                f" got {tuple(text.shape)} {text.dtype}."
                 " Use siglip2.get_tokenizer, which pads to the tower's length"
             )
         return _maybe_normalize(self.text(text.to(self.device).long(), self.dtype), normalize)

@@ -35,7 +35,10 @@ class TextTower(nn.Module):
         return self.head(pooled)
 
     def init_weights(self) -> None:
-        """big_vision's: tokens and positions N(0, 1/D), head lecun-normal, the rest xavier-uniform."""
+        """As big_vision.
+
+        Tokens and positions N(0, 1/D), head lecun-normal, the rest xavier-uniform.
+        """
         std = 1 / math.sqrt(self.config.size.width)
         nn.init.normal_(self.token_embed, std=std)
         nn.init.normal_(self.posemb, std=std)

@@ -22,7 +22,10 @@ def resample_posemb(
     table: Tensor,  # (G, G, D)
     grids: Sequence[tuple[int, int]],  # (h, w) of each image
 ) -> Tensor:  # (T, D)
-    """The position table resampled to each grid: antialiased bilinear, half-pixel centres (NaFlex)."""
+    """The position table resampled to each grid (NaFlex).
+
+    Antialiased bilinear, half-pixel centres.
+    """
     resampled = {}
     for h, w in set(grids):
         if (h, w) == table.shape[:2]:
@@ -72,7 +75,10 @@ class VisionTower(nn.Module):
         return VisionOutput(tokens, self.pool(tokens, seqs))
 
     def init_weights(self) -> None:
-        """big_vision's: patch embedding lecun-normal, positions N(0, 1/D), the rest xavier-uniform."""
+        """As big_vision.
+
+        Patch embedding lecun-normal, positions N(0, 1/D), the rest xavier-uniform.
+        """
         init_lecun_normal(self.patch_embed)
         nn.init.normal_(self.posemb, std=1 / math.sqrt(self.config.size.width))
         init_encoder(self.encoder)

@@ -4,8 +4,9 @@ import math
 
 
 def warmup_cosine(examples: float, *, warmup: float, total: float, floor: float = 0.0) -> float:
-    """Share of the peak learning rate: linear warm-up times a cosine that reaches `floor` at `total`.
+    """Share of the peak learning rate.
 
+    Linear warm-up times a cosine that reaches `floor` at `total`.
     big_vision's schedule: the cosine runs over what follows the warm-up, and is 1 during it.
     """
     ramp = min(1.0, examples / warmup) if warmup > 0 else 1.0

@@ -1,4 +1,7 @@
-"""Checkpoints through torch.distributed.checkpoint: written beside, then renamed; the last k are kept."""
+"""Checkpoints through torch.distributed.checkpoint.
+
+Written beside, then renamed; the last k are kept.
+"""
 
 import json
 import re
@@ -107,8 +110,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Prog
         dcp.CheckpointException,
     ) as error:
         raise CheckpointError(
-            f"cannot read checkpoint {path}: {_first_line(error)}. Delete it to resume from the one before,"
-            " or pass train.resume=never"
+            f"cannot read checkpoint {path}: {_first_line(error)}. Delete it to resume from the"
+            " one before, or pass train.resume=never"
         ) from error
     set_state_dict(
         model,

@@ -1,4 +1,7 @@
-"""Where numbers go: metrics.jsonl always, the console, and TensorBoard, wandb or trackio when asked."""
+"""Where numbers go.
+
+metrics.jsonl always, the console, and TensorBoard, wandb or trackio when asked.
+"""
 
 import json
 import sys
@@ -11,7 +14,10 @@ from ..files import write_atomic
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line. Continuing a run drops lines after its checkpoint and a torn last line."""
+    """metrics.jsonl: one object a line.
+
+    Continuing a run drops lines after its checkpoint and a torn last line.
+    """
 
     def __init__(self, path: Path, *, from_step: int):
         kept = []
@@ -86,7 +92,8 @@ def console_line(row: dict[str, Any], num_steps: int, eta_s: float) -> str:
         f" | loss {row['train/loss']:.4f} ({terms})"
         f" | t {row['train/logit_scale']:.1f} b {row['train/logit_bias']:.2f}"
         f" | lr {row['train/lr']:.1e} gnorm {row['train/grad_norm']:.2f}"
-        f" | {row['perf/samples_per_second']:.0f} img/s data {row['perf/data_time_pct']:.0f}%{memory}"
+        f" | {row['perf/samples_per_second']:.0f} img/s"
+        f" data {row['perf/data_time_pct']:.0f}%{memory}"
     )
 
 

@@ -8,8 +8,9 @@ from ..models.layers import Linear
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weights of linear layers decay; embeddings, positions, probes, norms, biases and scalars do not.
+    """Weights of linear layers decay.
 
+    Embeddings, positions, probes, norms, biases and scalars do not.
     This is big_vision's `.*/kernel$` (SigLIP 2, section 2.1).
     """
     decayed = {

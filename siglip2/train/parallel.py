@@ -1,4 +1,7 @@
-"""torchrun's ranks: process group, DDP or FSDP2 around the task, and full weights back from either."""
+"""torchrun's ranks.
+
+Process group, DDP or FSDP2 around the task, and full weights back from either.
+"""
 
 import os
 from typing import Literal
@@ -47,7 +50,8 @@ def _fsdp2(task: Siglip2Task) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     model = task.model
-    # FSDP2 cannot shard 0-D parameters: the two scalars stay whole and average their gradients here.
+    # FSDP2 cannot shard 0-D parameters: the two scalars stay whole and average their gradients
+    # here.
     scalars = {model.log_scale, model.bias}
     for scalar in scalars:
         scalar.register_post_accumulate_grad_hook(_average)

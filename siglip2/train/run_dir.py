@@ -1,4 +1,7 @@
-"""The folder of a run: what it holds, whether it may be continued, and files that are never half written."""
+"""The folder of a run.
+
+What it holds, whether it may be continued, and files that are never half written.
+"""
 
 import dataclasses
 import json
@@ -111,7 +114,8 @@ def _explicit(path: Path) -> Path:
     found = checkpoints(path / "checkpoints") or checkpoints(path)
     if not found:
         raise ConfigError(
-            f"train.resume: need 'auto', 'never', a checkpoint or a run's folder; {path} has no checkpoint"
+            "train.resume: need 'auto', 'never', a checkpoint or a run's folder;"
+            f" {path} has no checkpoint"
         )
     return found[-1]
 
@@ -130,6 +134,7 @@ def _check_same(path: Path, config: Config) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"{path.parent} holds a run with other settings ({'; '.join(changed[:5])}): use the same to continue it,"
-            " train.overwrite=true to start again, or another train.output_dir"
+            f"{path.parent} holds a run with other settings ({'; '.join(changed[:5])}):"
+            " use the same to continue it, train.overwrite=true to start again,"
+            " or another train.output_dir"
         )

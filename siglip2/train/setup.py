@@ -31,8 +31,8 @@ def build_tokenizer(config: Config, source: Any) -> Any:
         where = source.tokenizer_path
     else:
         raise ConfigError(
-            f"data.tokenizer: {config.data.train!r} brings no tokenizer; pass a tokenizer.json, a SentencePiece"
-            " .model, or a hub id such as google/siglip2-base-patch16-256"
+            f"data.tokenizer: {config.data.train!r} brings no tokenizer; pass a tokenizer.json, a"
+            " SentencePiece .model, or a hub id such as google/siglip2-base-patch16-256"
         )
     return get_tokenizer(str(where), text_length=config.model.text_length)
 

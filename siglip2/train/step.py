@@ -15,13 +15,14 @@ from ..errors import NonFiniteLossError
 class TrainStep:
     """`step(batch) -> metrics`, 0-D tensors on the device; nothing waits for it.
 
-    A step whose loss or gradient norm is not finite leaves the weights as they were (fused AdamW's `found_inf`), is
-    reported by name, and its batch is saved; on an accelerator that is noticed one step later, so that no step
-    waits.
+    A step whose loss or gradient norm is not finite leaves the weights as they were (fused AdamW's
+    `found_inf`), is reported by name, and its batch is saved; on an accelerator that is noticed one
+    step later, so that no step waits.
 
     Args:
         task: `batch -> (losses with "loss", report)`; may be wrapped in DDP or FSDP2.
-        optimizer: a fused AdamW from `adamw`, or any optimizer (then a non-finite step costs one wait).
+        optimizer: a fused AdamW from `adamw`, or any optimizer (then a non-finite step costs one
+            wait).
         schedule: share of the peak learning rate as a function of examples seen.
         grad_clip_norm: global norm; 0 turns clipping off.
         on_nonfinite: "raise" NonFiniteLossError, or "skip" the step and count it in `num_skipped`.
@@ -51,7 +52,10 @@ class TrainStep:
         self._pending: tuple[int, Tensor, dict[str, Tensor], Mapping[str, Any]] | None = None
 
     def __call__(self, batch: Mapping[str, Any], *, examples: float = 0.0) -> dict[str, Tensor]:
-        """Train on `batch`; `examples` is how many were seen before it, which sets the learning rate."""
+        """Train on `batch`.
+
+        `examples` is how many were seen before it, which sets the learning rate.
+        """
         lr = self._set_lr(examples)
         losses, report = self.task(batch)
         losses["loss"].backward()
@@ -71,7 +75,10 @@ class TrainStep:
         return {**losses, **report, "grad_norm": norm, "lr": torch.tensor(lr)}
 
     def check(self) -> None:
-        """Look at the previous step's verdict.  Raises NonFiniteLossError when it was not finite."""
+        """Look at the previous step's verdict.
+
+        Raises NonFiniteLossError when it was not finite.
+        """
         if self._pending is None:
             return
         (step, bad, values, batch), self._pending = self._pending, None

@@ -11,10 +11,13 @@ from ..models.siglip2 import Siglip2
 
 
 class Siglip2Task(nn.Module):
-    """`task(batch) -> (losses, report)`: losses by name with their sum under "loss", and scalars worth logging.
+    """`task(batch) -> (losses, report)`.
 
-    A batch is `{"image", "text"}` (see `Siglip2.encode_image`), with optional `image_ids` (B,) and `text_ids` (M,)
-    whose equal values are positives; or transformers' `{"pixel_values", "input_ids", ...}`.
+    Losses by name with their sum under "loss", and scalars worth logging.
+
+    A batch is `{"image", "text"}` (see `Siglip2.encode_image`), with optional `image_ids` (B,) and
+    `text_ids` (M,) whose equal values are positives; or transformers'
+    `{"pixel_values", "input_ids", ...}`.
 
     Raises ValueError for a batch of neither form.
     """
@@ -50,5 +53,6 @@ def normalize_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
         ids = {key: batch[key] for key in ("image_ids", "text_ids") if key in batch}
         return {"image": image, "text": batch["input_ids"], **ids}
     raise ValueError(
-        f"need a batch with 'image' and 'text', or 'pixel_values' and 'input_ids'; got {sorted(batch)}"
+        "need a batch with 'image' and 'text', or 'pixel_values' and 'input_ids';"
+        f" got {sorted(batch)}"
     )

@@ -28,7 +28,10 @@ from .task import Siglip2Task
 
 
 class Run:
-    """One training run: everything `loop` touches, built from a config and, if there is one, a checkpoint."""
+    """One training run: everything `loop` touches.
+
+    Built from a config and, if there is one, a checkpoint.
+    """
 
     def __init__(self, config: Config):
         setup.check(config)
@@ -116,7 +119,8 @@ class Run:
 def train(config: Config) -> Path:
     """Train, evaluate, export and report; return the run's folder.
 
-    Start it under torchrun for several devices.  A run that was stopped goes on where its last checkpoint was.
+    Start it under torchrun for several devices.  A run that was stopped goes on where its last
+    checkpoint was.
     """
     run = Run(config)
     try:
@@ -219,7 +223,10 @@ class _Clock:
 
 
 def _row(run: Run, metrics: dict[str, torch.Tensor], clock: _Clock) -> dict[str, Any]:
-    """Every metric of this step; the only place that waits for the device. Losses are means over ranks."""
+    """Every metric of this step; the only place that waits for the device.
+
+    Losses are means over ranks.
+    """
     values = {f"train/{name}": value.detach().float() for name, value in metrics.items()}
     if world_size() > 1:
         for name, value in values.items():
@@ -252,7 +259,8 @@ def _banner(run: Run) -> None:
     params = sum(p.numel() for p in run.model.parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
-        f"{config.model.name}: {params / 1e6:.1f} M parameters, {config.train.precision} activations, on"
+        f"{config.model.name}: {params / 1e6:.1f} M parameters,"
+        f" {config.train.precision} activations, on"
         f" {world_size()} x {name} ({torch.get_num_threads()} threads)"
     )
     print(

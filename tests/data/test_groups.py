@@ -1,4 +1,7 @@
-"""`keep_groups`: images of one thing meet in one batch, and nothing else about the order is lost."""
+"""`keep_groups`: images of one thing meet in one batch.
+
+Nothing else about the order is lost.
+"""
 
 from pathlib import Path
 

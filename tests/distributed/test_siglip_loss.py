@@ -77,7 +77,7 @@ def test_open_clip_names_are_mapped_with_a_note(caplog):
 
 
 def test_rejects_an_unknown_dist_impl():
-    with pytest.raises(NotImplementedError, match="need dist_impl 'gather'.*got 'tree'"):
+    with pytest.raises(NotImplementedError, match=r"need dist_impl 'gather'.*got 'tree'"):
         SigLipLoss(dist_impl="tree")
 
 

@@ -1,4 +1,7 @@
-"""DDP and FSDP2 on two gloo ranks against one process: same losses, same weights; checkpoints move between them."""
+"""DDP and FSDP2 on two gloo ranks against one process.
+
+Same losses, same weights; checkpoints move between them.
+"""
 
 from pathlib import Path
 

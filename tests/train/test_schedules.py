@@ -22,7 +22,8 @@ def test_starts_at_the_peak_without_warm_up():
 
 
 def test_is_the_published_schedule_at_its_quarter():
-    # big_vision: min(1, step / warmup) * 0.5 * (1 + cos(pi * progress)), progress from the end of the warm-up
+    # big_vision: min(1, step / warmup) * 0.5 * (1 + cos(pi * progress)),
+    # progress from the end of the warm-up
     step, warmup, total = 250, 100, 700
     published = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
     assert warmup_cosine(step, warmup=warmup, total=total) == pytest.approx(published)
