@@ -44,6 +44,7 @@ ARROWS = {
         "siglip2.data",
         "siglip2.config",
         "siglip2.errors",
+        "siglip2.files",
     ),
     "siglip2/train": ("siglip2_kernels", "siglip2"),
     "bench": ("siglip2_kernels", "siglip2", "siglip2_bench"),

@@ -19,4 +19,5 @@ def test_commands_exist():
     from siglip2.cli import COMMANDS
 
     used = set(re.findall(r"^siglip2 (\w+)", README.read_text(), flags=re.MULTILINE))
-    assert used and used <= set(COMMANDS)
+    assert used
+    assert used <= set(COMMANDS)

@@ -40,7 +40,7 @@ def quickstart() -> Config:
 
 
 def finetune() -> Config:
-    """A released checkpoint on your own captions: the curation stage's learning rate, no weight decay."""
+    """A released checkpoint on your own captions: the curation stage's rate, no weight decay."""
     return Config(
         model=ModelConfig(pretrained="google/siglip2-base-patch16-256", grad_checkpointing=True),
         data=DataConfig(train="data/train.csv", val="data/val.csv"),
