@@ -53,7 +53,7 @@ def finish(run: Any, model: Siglip2) -> None:
     """Evaluate, export to `export/`, and write report.html into the run's folder."""
     from ..eval.gallery import collect_gallery
     from ..eval.report import write_report
-    from ..eval.table import print_result
+    from ..eval.table import format_table
 
     export = run.dir / "export"
     released_pool = model.architecture.text.pool == "last"
@@ -68,7 +68,7 @@ def finish(run: Any, model: Siglip2) -> None:
     if sources:
         result = evaluate_run(run, model)
         result.write_json(run.dir / "eval.json")
-        print_result(result)
+        print(format_table(result, max_languages=0))
         with status("collecting examples"):
             collect_gallery(model, sources, run.transform, run.tokenizer).save(run.dir / "gallery")
     print(f"report in {write_report(run.dir)}")
