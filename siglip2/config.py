@@ -29,7 +29,7 @@ class ModelConfig:
 class QuickstartConfig:
     """The default data set, built from pip packages: emoji and flags named in 14 languages."""
 
-    concepts: int | None = 512  # concepts to train on; None takes all (about 1,700), for a GPU
+    concepts: int | None = 768  # concepts to train on; None takes all (about 1,700), for a GPU
     held_out_fraction: float = 0.1  # of the concepts, by family, kept for evaluation
     held_out_styles: tuple[str, ...] = ()  # "twemoji", "openmoji": never trained on, reported apart
     held_out_languages: tuple[

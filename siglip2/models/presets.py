@@ -48,8 +48,8 @@ class Architecture:
 
 
 _TINY = TowerSize(width=64, depth=2, mlp_width=128, num_heads=2)
-_QUICK = TowerSize(width=192, depth=4, mlp_width=768, num_heads=3)
-_QUICK_TEXT = TowerSize(width=128, depth=2, mlp_width=512, num_heads=2)
+_QUICK = TowerSize(width=128, depth=3, mlp_width=256, num_heads=2)
+_QUICK_TEXT = TowerSize(width=64, depth=2, mlp_width=256, num_heads=1)
 _B = TowerSize(width=768, depth=12, mlp_width=3072, num_heads=12)
 _L = TowerSize(width=1024, depth=24, mlp_width=4096, num_heads=16)
 _SO400M = TowerSize(width=1152, depth=27, mlp_width=4304, num_heads=16)

@@ -182,6 +182,27 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, cache):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_tensorboard_gets_the_scalars(tmp_path, cache):
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    loop(Run(make_config(tmp_path / "run", cache, steps=3, report_to=("tensorboard",))))
+    events = event_file.EventAccumulator(str(tmp_path / "run" / "tb")).Reload()
+    logged = [event.value for event in events.Scalars("train/loss")]
+    assert logged == pytest.approx([row["train/loss"] for row in rows(tmp_path / "run")])
+
+
+def test_bf16_activations_train(tmp_path, cache):
+    run = Run(make_config(tmp_path / "run", cache, steps=3, precision="bf16"))
+    loop(run)
+    assert run.model.encode_text(torch.ones(1, 8).long()).dtype == torch.bfloat16
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    exact = Run(make_config(tmp_path / "exact", cache, steps=3))
+    loop(exact)
+    # bfloat16 keeps 8 bits: the losses are near, and not the same numbers.
+    for one, other in zip(rows(tmp_path / "run"), rows(tmp_path / "exact"), strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=2**-5)
+        assert one["train/loss"] != other["train/loss"]
+
+
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path, cache):
     run = Run(make_config(tmp_path / "run", cache, steps=2))
     loop(run)
