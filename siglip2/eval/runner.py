@@ -164,14 +164,14 @@ def _zero_shot(
     num_images = int(known.sum())
     if not num_images:
         return None
-    img, target = found.img[known], target[known]
-    top = top_k_accuracy(img, classifier, target, chunk_size=config.chunk_size)
+    img, right = found.img[known], target[known]
+    top = top_k_accuracy(img, classifier, right, chunk_size=config.chunk_size)
     scores = [
         classify(part, classifier, model.log_scale, model.bias, activation=config.activation)
         .gather(1, of_part[:, None])
         .sum()
         for part, of_part in zip(
-            img.split(config.chunk_size), target.split(config.chunk_size), strict=True
+            img.split(config.chunk_size), right.split(config.chunk_size), strict=True
         )
     ]
     return {
