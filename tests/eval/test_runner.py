@@ -123,7 +123,7 @@ def test_zero_shot_from_a_file_and_from_captions(source, tmp_path):
     assert found["chance_top1"] == 0.5
     assert 0 < found["softmax_probability"] < 1
     sigmoid = run(source, classes=str(path), activation="sigmoid").sources["held_out"]["flat"]
-    # At a bias of -10 an untrained model calls no pair likely; shares of two classes are near one half.
+    # At a bias of -10 an untrained model calls no pair likely; two shares are near one half.
     assert sigmoid["zero_shot"]["sigmoid_probability"] < 0.1 < found["softmax_probability"]
     found = run(source, classes="captions:en").sources["held_out"]["flat"]
     assert found["zero_shot"]["top1"] == found["languages"]["en"]["i2t_r1"]
