@@ -50,6 +50,8 @@ test: $(VENV)/.dev
 	@OMP_NUM_THREADS=2 SIGLIP2_PARITY=1 .venv-parity/bin/python -m pytest -q tests/parity/test_open_clip.py tests/parity/test_timm.py
 
 gpu:
+	@command -v nvidia-smi >/dev/null || { echo "make gpu needs a machine with an NVIDIA GPU: it runs the GPU tests, then" \
+	  "every bench case beside its rivals, into bench/results/<gpu>/. This machine has none."; exit 2; }
 	@python3 -m pip install -q --no-deps --no-build-isolation -e .
 	@python3 -P -m siglip2_bench.gpu
 

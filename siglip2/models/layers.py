@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, seqs: Sequences) -> Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)  # (T, H, E)
+        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # (T, H, E)
         return self.out(attention(q, k, v, seqs).flatten(1))
 
 
@@ -101,7 +101,7 @@ class MapHead(nn.Module):
 
     def forward(self, x: Tensor, seqs: Sequences) -> Tensor:  # (T, D) -> (B, D)
         q = self.q(self.probe.to(x.dtype)).view(self.num_heads, -1)  # (H, E)
-        k, v = self.kv(x).view(x.shape[0], 2, self.num_heads, -1).unbind(1)  # (T, H, E)
+        k, v = self.kv(x).unflatten(1, (2, self.num_heads, -1)).unbind(1)  # (T, H, E)
         y = self.out(pool_attention(q, k, v, seqs).flatten(1))
         return y + self.mlp(self.norm(y))
 

@@ -84,6 +84,14 @@ class Siglip2(nn.Module):
                 f" got {tuple(text.shape)} {text.dtype}."
                 " Use siglip2.get_tokenizer, which pads to the tower's length"
             )
+        # Only where looking costs no wait: an id out of range is a device assertion elsewhere.
+        if text.device.type == "cpu" and text.numel():
+            low, high, vocab_size = *map(int, text.aminmax()), self.architecture.text.vocab_size
+            if low < 0 or high >= vocab_size:
+                raise ValueError(
+                    f"need token ids from 0 to {vocab_size - 1}; got {low} to {high}. The tokenizer is"
+                    " not this model's: create the model with vocab_size=tokenizer.vocab_size"
+                )
         return _maybe_normalize(self.text(text.to(self.device).long(), self.dtype), normalize)
 
     def forward(self, image: Images | None = None, text: Tensor | None = None) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class TextTower(nn.Module):
         x = F.embedding(text, self.token_embed) + self.posemb
         seqs = uniform(B, L, text.device)
         x = self.encoder(x.to(dtype).flatten(0, 1), seqs)
-        pooled = x.view(B, L, -1)[:, -1] if self.pool is None else self.pool(x, seqs)
+        pooled = x.unflatten(0, (B, L))[:, -1] if self.pool is None else self.pool(x, seqs)
         return self.head(pooled)
 
     def init_weights(self) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from models.tiny import packed, padded, random_images, random_model, timm_batch, tiny_architecture
 
+from siglip2.train.task import Siglip2Task
+
 GRIDS = [(4, 4), (2, 7)]
 
 
@@ -62,3 +64,24 @@ def test_rejects_text_of_another_length_or_type(fixed):
             fixed.encode_text(text)
     with pytest.raises(ValueError, match=r"got \(2, 6\) torch.float32"):
         fixed.encode_text(torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("wrong", [-1, None], ids=["negative", "too-large"])
+def test_rejects_ids_outside_the_vocabulary(fixed, wrong):
+    length = fixed.architecture.text.length
+    vocab_size = fixed.architecture.text.vocab_size
+    text = torch.full((2, length), vocab_size if wrong is None else wrong)
+    with pytest.raises(
+        ValueError, match=rf"ids from 0 to {vocab_size - 1}; got .*not this model's"
+    ):
+        fixed.encode_text(text)
+
+
+def test_an_empty_batch_costs_nothing_and_trains_nothing(fixed):
+    length = fixed.architecture.text.length
+    task = Siglip2Task(fixed)
+    batch = {"image": torch.zeros(0, 3, 32, 32), "text": torch.zeros(0, length).long()}
+    loss = task(batch)[0]["loss"]
+    loss.backward()
+    assert float(loss) == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in fixed.parameters())
