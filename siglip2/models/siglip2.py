@@ -89,8 +89,9 @@ class Siglip2(nn.Module):
             low, high, vocab_size = *map(int, text.aminmax()), self.architecture.text.vocab_size
             if low < 0 or high >= vocab_size:
                 raise ValueError(
-                    f"need token ids from 0 to {vocab_size - 1}; got {low} to {high}. The tokenizer is"
-                    " not this model's: create the model with vocab_size=tokenizer.vocab_size"
+                    f"need token ids from 0 to {vocab_size - 1}; got {low} to {high}."
+                    " The tokenizer is not this model's: create the model with"
+                    " vocab_size=tokenizer.vocab_size"
                 )
         return _maybe_normalize(self.text(text.to(self.device).long(), self.dtype), normalize)
 
