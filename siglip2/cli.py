@@ -142,7 +142,7 @@ def _config(argv: list[str]) -> None:
         print(to_yaml(preset(args.name)), end="")
     else:
         for name, make in PRESETS.items():
-            print(f"{name:12} {make.__doc__}")
+            print(f"{name:12} {make.__doc__.splitlines()[0]}")
 
 
 def _doctor(argv: list[str]) -> int:
@@ -152,7 +152,7 @@ def _doctor(argv: list[str]) -> int:
     parser.add_argument(
         "model", help="model folder, tokenizer.json, SentencePiece .model or hub id"
     )
-    parser.add_argument("--text-length", type=int, default=64)
+    parser.add_argument("--text-length", type=int, help="default: the model's, or 64")
     args = parser.parse_args(argv)
     return diagnose(args.model, text_length=args.text_length)
 

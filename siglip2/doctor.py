@@ -3,56 +3,56 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from .data.tokenizer import check_tokenizer, get_tokenizer
 from .errors import Siglip2Error
+from .models.factory import from_pretrained
+from .models.siglip2 import Siglip2
 
 
-def diagnose(where: str, *, text_length: int = 64) -> int:
-    """Print one line a check; return 1 if any failed."""
+def diagnose(where: str, *, text_length: int | None = None) -> int:
+    """Print one line a check; return 1 if any failed.
+
+    Args:
+        where: A model folder or file, a tokenizer file, or a hub id.
+        text_length: None takes the model's, or 64 where only a tokenizer is given.
+    """
     failed = 0
     for name, fault in _checks(where, text_length):
-        print(
-            f"{'ok    ' if fault is None else 'FAILED'} {name}"
-            f"{'' if fault is None else ': ' + fault}"
-        )
+        print(f"{'FAILED' if fault else 'ok    '} {name}{': ' + fault if fault else ''}")
         failed |= fault is not None
     return failed
 
 
-def _checks(where: str, text_length: int) -> Iterator[tuple[str, str | None]]:
+def _checks(where: str, text_length: int | None) -> Iterator[tuple[str, str | None]]:
     path = Path(where)
-    is_tokenizer_file = path.is_file() and path.suffix in (".json", ".model")
-    if not is_tokenizer_file:
-        yield "weights load strictly", _try(lambda: _load(where))
-    if is_tokenizer_file or not path.exists() or (path / "tokenizer.json").is_file():
-        yield (
-            "text: lower-cased, no BOS, one EOS, padded right with 0",
-            _try(lambda: _tokenizer(where, text_length)),
-        )
-    elif path.is_dir():
+    if not (path.is_file() and path.suffix in (".json", ".model")):
+        try:
+            model = from_pretrained(where)
+        except Siglip2Error as error:
+            yield "weights load strictly", str(error)
+        else:
+            yield "weights load strictly", None
+            yield "trained temperature", _temperature(model)
+            text_length = text_length or model.architecture.text.length
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
         yield "text", "no tokenizer.json in the folder: pass one with --data.tokenizer"
+    elif path.suffix not in (".npz", ".safetensors", ".bin", ".pt"):
+        yield "text: lower-cased, no BOS, one EOS, padded right", _text(where, text_length or 64)
 
 
-def _try(check) -> str | None:
+def _temperature(model: Siglip2) -> str | None:
+    scale = float(model.log_scale.detach().exp())
+    if scale > 1.5:
+        return None
+    return (
+        f"exp(logit_scale) is {scale:.2f}, as in an untrained transformers model;"
+        " train with model.init_temperature=10"
+    )
+
+
+def _text(where: str, text_length: int) -> str | None:
     try:
-        return check()
+        check_tokenizer(get_tokenizer(where, text_length=text_length), text_length)
     except Siglip2Error as error:
         return str(error)
-
-
-def _load(where: str) -> str | None:
-    from .models.factory import from_pretrained
-
-    model = from_pretrained(where)
-    scale = float(model.log_scale.detach().exp())
-    if scale < 1.5:
-        return (
-            f"temperature exp(logit_scale) is {scale:.2f}: weights of an untrained transformers"
-            " model; train with model.init_temperature=10"
-        )
     return None
-
-
-def _tokenizer(where: str, text_length: int) -> None:
-    from .data.tokenizer import check_tokenizer, get_tokenizer
-
-    check_tokenizer(get_tokenizer(where, text_length=text_length), text_length)

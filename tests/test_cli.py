@@ -119,7 +119,7 @@ def test_export_reads_back_bit_for_bit(format, exported, tmp_path):
 
 
 def test_doctor_passes_a_sound_model(capsys, exported):
-    assert main(["doctor", str(exported), "--text-length", "8"]) == 0
+    assert main(["doctor", str(exported)]) == 0
     assert "FAILED" not in capsys.readouterr().out
 
 
@@ -128,5 +128,5 @@ def test_doctor_finds_an_untrained_temperature_and_missing_text(capsys, tmp_path
     siglip2.save_pretrained(model, tmp_path)
     assert main(["doctor", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "temperature exp(logit_scale) is 1.00" in out
+    assert "FAILED trained temperature: exp(logit_scale) is 1.00" in out
     assert "no tokenizer.json in the folder" in out

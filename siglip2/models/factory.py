@@ -198,7 +198,7 @@ def _check_heads(checkpoint: Checkpoint, arch: Architecture) -> None:
     if found.text.size.num_heads != arch.text.size.num_heads:
         raise CheckpointError(
             f"{checkpoint.name!r} has {found.text.size.num_heads} text heads; the model has"
-            f" {arch.text.size.num_heads}"
+            f" {arch.text.size.num_heads}. Ask for the model these weights are of"
         )
 
 

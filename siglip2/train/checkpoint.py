@@ -56,6 +56,8 @@ def save(
     """
     final = folder / f"step_{progress.step:09d}"
     beside = folder / f".{final.name}.partial"
+    if (final / META).is_file():  # a finished run that was started again
+        return final
     model_state, optimizer_state = get_state_dict(model, optimizer)
     try:
         if is_main():
@@ -70,8 +72,6 @@ def save(
             )
         if is_main():
             (beside / META).write_text(json.dumps(progress._asdict(), indent=1))
-            if final.exists():
-                shutil.rmtree(final)
             beside.rename(final)
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         shutil.rmtree(beside, ignore_errors=True)

@@ -170,7 +170,7 @@ def check_same_kind(name: str, found: VisionConfig, wanted: VisionConfig) -> Non
     if found.size.num_heads != wanted.size.num_heads:
         raise CheckpointError(
             f"{name!r} has {found.size.num_heads} vision heads; the model has"
-            f" {wanted.size.num_heads}"
+            f" {wanted.size.num_heads}. Ask for the model these weights are of"
         )
 
 
