@@ -5,12 +5,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+# torch 2.13 renames both and warns of the old names; 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather_sizes(num: int, device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
     """How many rows each rank of the group holds."""
     local = torch.tensor([num], device=device)
     sizes = torch.empty(dist.get_world_size(group), dtype=local.dtype, device=device)
-    dist.all_gather_into_tensor(sizes, local, group=group)
+    _all_gather(sizes, local, group=group)
     return sizes.tolist()
 
 
@@ -21,7 +25,7 @@ class _GatherRows(torch.autograd.Function):
         longest = max(sizes)
         padded = F.pad(x, (0, 0) * (x.ndim - 1) + (0, longest - x.shape[0])).contiguous()
         out = x.new_empty(len(sizes) * longest, *x.shape[1:])
-        dist.all_gather_into_tensor(out, padded, group=group)
+        _all_gather(out, padded, group=group)
         return torch.cat([block[:n] for block, n in zip(out.split(longest), sizes, strict=True)])
 
     @staticmethod
@@ -33,7 +37,7 @@ class _GatherRows(torch.autograd.Function):
         blocks = [F.pad(b, (*tail, 0, longest - b.shape[0])) for b in dout.float().split(ctx.sizes)]
         rank = dist.get_rank(ctx.group)
         dx = dout.new_empty(longest, *dout.shape[1:], dtype=torch.float32)
-        dist.reduce_scatter_tensor(dx, torch.cat(blocks), group=ctx.group)
+        _reduce_scatter(dx, torch.cat(blocks), group=ctx.group)
         return dx[: ctx.sizes[rank]].to(dout.dtype), None, None
 
 
@@ -58,7 +62,7 @@ def check_same(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: to
         [len(shape), *shape, *(-1,) * (7 - len(shape)), _code(dtype)], device=device
     )
     all_ranks = torch.empty(dist.get_world_size() * len(mine), dtype=mine.dtype, device=device)
-    dist.all_gather_into_tensor(all_ranks, mine)
+    _all_gather(all_ranks, mine)
     rows = all_ranks.view(-1, len(mine))
     if bool((rows != rows[0]).any()):
         found = sorted({tuple(row[1 : 1 + row[0]].tolist()) for row in rows.cpu()})
