@@ -10,12 +10,14 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather_sizes(num: int, device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
-    """How many rows each rank of the group holds."""
-    local = torch.tensor([num], device=device)
-    sizes = torch.empty(dist.get_world_size(group), dtype=local.dtype, device=device)
-    _all_gather(sizes, local, group=group)
-    return sizes.tolist()
+def gather_counts(
+    counts: tuple[int, ...], device: torch.device, group: dist.ProcessGroup | None
+) -> list[tuple[int, ...]]:
+    """Each rank's `counts`, in rank order. Waits for the device: collectives need host sizes."""
+    local = torch.tensor(counts, device=device)
+    found = torch.empty(dist.get_world_size(group) * len(counts), dtype=local.dtype, device=device)
+    _all_gather(found, local, group=group)
+    return [tuple(row) for row in found.view(-1, len(counts)).tolist()]
 
 
 class _GatherRows(torch.autograd.Function):
@@ -42,14 +44,15 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(
-    x: Tensor,  # (n, ...) n may differ between ranks
+    x: Tensor,  # (n, ...)
+    sizes: list[int],
     group: dist.ProcessGroup | None = None,
-) -> Tensor:  # (sum of n, ...)
-    """All ranks' rows in rank order. The gradient is the sum over ranks of what each sends back."""
-    sizes = gather_sizes(x.shape[0], x.device, group)
-    if max(sizes) == 0:
-        return x
-    return _GatherRows.apply(x, sizes, group)
+) -> Tensor:  # (sum(sizes), ...)
+    """All ranks' rows in rank order; `sizes` says how many each has.
+
+    The gradient is the sum over ranks of what each sends back.
+    """
+    return _GatherRows.apply(x, sizes, group) if max(sizes) else x
 
 
 def check_same(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

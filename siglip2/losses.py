@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from siglip2_kernels import sigmoid_loss
 
-from .distributed import gather_rows, gather_sizes
+from .distributed import gather_counts, gather_rows
 
 log = logging.getLogger("siglip2")
 
@@ -93,22 +93,23 @@ class SigLipLoss(nn.Module):
             reduction="sum",
             backend=self.backend,
         )
-        loss = total / max(share, 1)
+        loss = total / (share or 1)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _gather(
         self, img: Tensor, txt: Tensor, image_ids: Tensor | None, text_ids: Tensor | None
     ) -> tuple[float, Tensor, Tensor, Tensor]:
         group, num = self.process_group, img.shape[0]
-        sizes = gather_sizes(num, img.device, group)
+        counts = gather_counts((num, txt.shape[0]), img.device, group)
+        num_images, num_texts = (list(column) for column in zip(*counts, strict=True))
         if image_ids is None:
-            if txt.shape[0] != num:
+            if num_images != num_texts:  # the same on every rank, so that none is left waiting
                 raise ValueError(
-                    "need as many texts as images, or ids;"
-                    f" got {num} images and {txt.shape[0]} texts"
+                    "need as many texts as images on each rank, or ids;"
+                    f" got {num_images} images and {num_texts} texts"
                 )
             # Pairing by position: positions over all ranks become the ids.
-            first = sum(sizes[: dist.get_rank(group)])
+            first = sum(num_images[: dist.get_rank(group)])
             image_ids = text_ids = torch.arange(first, first + num, device=img.device)
-        share = sum(sizes) / len(sizes)
-        return share, image_ids, gather_rows(txt, group), gather_rows(text_ids, group)
+        txt, text_ids = (gather_rows(x, num_texts, group) for x in (txt, text_ids))
+        return sum(num_images) / len(num_images), image_ids, txt, text_ids

@@ -43,8 +43,15 @@ def loss_of_share(rank, world, sizes, captions, dtype):
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("sizes", "captions"),
-    [((4, 4), 1), ((5, 2), 1), ((0, 3), 1), ((3, 1, 4, 2), 1), ((4, 3), 2)],
-    ids=["equal", "uneven", "empty-rank", "four-ranks", "groups-and-two-captions"],
+    [((4, 4), 1), ((5, 2), 1), ((0, 3), 1), ((1, 0), 1), ((3, 1, 4, 2), 1), ((4, 3), 2)],
+    ids=[
+        "equal",
+        "uneven",
+        "empty-rank",
+        "one-image-two-ranks",
+        "four-ranks",
+        "groups-and-two-captions",
+    ],
 )
 def test_mean_over_ranks_is_the_one_rank_loss(sizes, captions):
     world, dtype = len(sizes), torch.float32
@@ -68,6 +75,20 @@ def test_mean_over_ranks_is_the_one_rank_loss(sizes, captions):
     actual = (loss, dimg, dtxt, dscale, dbias)
     for name, a, e, g in zip(names, actual, single(dtype), single(torch.float64), strict=True):
         assert_no_worse(name, a, e, g, dtype)
+
+
+def mismatched_share(rank, world):
+    img, txt, _, _ = make_inputs(4)
+    try:
+        SigLipLoss()(img, txt[: 4 - rank], torch.tensor(10.0), torch.tensor(-5.0))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.dist
+def test_every_rank_hears_of_one_rank_with_too_few_texts():
+    for message in run(2, mismatched_share):
+        assert "got [4, 4] images and [4, 3] texts" in message
 
 
 def test_open_clip_names_are_mapped_with_a_note(caplog):
