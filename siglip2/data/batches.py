@@ -2,22 +2,21 @@
 
 import hashlib
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
 from siglip2.data.augment import random_shift
 from siglip2.data.captions import base_language
 from siglip2.data.images import Transform
-from siglip2.data.sources import IndexedSource, ShardSource
+from siglip2.data.sources import IndexedSource
 from siglip2.data.types import BadSampleError, Example, PackedImages
 
 # Distinguish the random streams that share a seed.
-_ORDER, _CAPTIONS, _SHARDS, _BUFFER = range(4)
+_ORDER, _CAPTIONS, SHARDS, BUFFER = range(4)
 
 
 def stable_id(group: str) -> int:
@@ -124,7 +123,7 @@ def failed(reason: str, skipped: list[BadSampleError]) -> RawBatch:
     return RawBatch(None, None, None, None, [], skipped, failure=reason)
 
 
-def _all_bad(name: str, count: int, skipped: list[BadSampleError]) -> str:
+def all_bad(name: str, count: int, skipped: list[BadSampleError]) -> str:
     reasons = sorted({error.reason for error in skipped})
     return f"none of the {count} examples of {name!r} can be used: {', '.join(reasons)}"
 
@@ -143,6 +142,7 @@ def _members_of_groups(source: IndexedSource) -> list[list[int]]:
 class IndexedBatches(Dataset):
     """Batch k of a rank holds places [(k * W + rank) * B, + B) of endless shuffled epochs.
 
+    After `go_on` these count from the place where an earlier run stopped, whatever its W and B.
     A bad example is replaced by the next good one half an epoch further on, so that batch k does
     not depend on what was read before it.  With `keep_groups` an epoch is shuffled by groups, whose
     examples stay neighbours; finding the groups reads every example once.
@@ -160,8 +160,17 @@ class IndexedBatches(Dataset):
         self.source, self.batcher = source, batcher
         self.batch_size, self.world_size = batch_size, world_size
         self._groups = _members_of_groups(source) if keep_groups else None
+        self._base = (0, 0)  # a batch's number and its first place, over all ranks
         self._orders: dict[int, np.ndarray] = {}
         self._known: dict[int, Prepared | BadSampleError] = {}
+
+    def place(self, number: int) -> int:
+        """The first place of batch `number` over all ranks."""
+        base, place = self._base
+        return place + (number - base) * self.world_size * self.batch_size
+
+    def go_on(self, number: int, place: int) -> None:
+        self._base = (number, place)
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -195,7 +204,7 @@ class IndexedBatches(Dataset):
             yield int(order[(at + N // 2 + step) % N])
 
     def __getitem__(self, number: int) -> RawBatch:
-        first = (number * self.world_size + self.batcher.rank) * self.batch_size
+        first = self.place(number) + self.batcher.rank * self.batch_size
         examples: list[Prepared] = []
         skipped: list[BadSampleError] = []
         for place in range(first, first + self.batch_size):
@@ -206,93 +215,5 @@ class IndexedBatches(Dataset):
                     break
                 skipped.append(found)
             else:
-                return failed(_all_bad(self.source.name, len(self.source), skipped), skipped)
+                return failed(all_bad(self.source.name, len(self.source), skipped), skipped)
         return self.batcher.batch(examples, number, skipped)
-
-
-class StreamedBatches(IterableDataset):
-    """Batches of streamed shards: reader r of R takes every R-th of each epoch's shuffled shards.
-
-    `start` is the number of the next batch, `cursors` say how far each of this rank's readers got;
-    what an epoch already gave is replayed without decoding.
-    """
-
-    def __init__(
-        self,
-        source: ShardSource,
-        batcher: Batcher,
-        *,
-        batch_size: int,
-        world_size: int,
-        readers: int,
-        shuffle_buffer: int,
-        start: int = 0,
-        cursors: dict[int, tuple[int, int]] | None = None,
-    ):
-        self.source, self.batcher = source, batcher
-        self.batch_size, self.readers = batch_size, readers  # readers of this rank
-        self.all_readers = world_size * readers
-        self.shuffle_buffer = shuffle_buffer
-        self.start, self.cursors = start, cursors or {}
-
-    def _shards(self, reader: int, epoch: int) -> Iterator[str]:
-        shards, seed = self.source.shards, self.batcher.seed
-        if not self.source.resampled:
-            order = np.random.default_rng([_SHARDS, seed, epoch]).permutation(len(shards))
-            yield from (shards[i] for i in order[reader :: self.all_readers])
-            return
-        rng = np.random.default_rng([_SHARDS, seed, epoch, reader])
-        draws = -(-len(shards) // self.all_readers)
-        while draws > 0 or self.source.train_num_samples is not None:
-            yield shards[int(rng.integers(len(shards)))]
-            draws -= 1
-
-    def _read(self, reader: int, epoch: int) -> Iterator[Example | BadSampleError]:
-        """One reader's epoch, shuffled through a buffer of encoded examples."""
-        rng = np.random.default_rng([_BUFFER, self.batcher.seed, epoch, reader])
-        buffer: list[Example | BadSampleError] = []
-        for shard in self._shards(reader, epoch):
-            for item in self.source.read(shard):
-                if len(buffer) < self.shuffle_buffer:
-                    buffer.append(item)
-                    continue
-                at = int(rng.integers(len(buffer)))
-                yield buffer[at]
-                buffer[at] = item
-        yield from (buffer[i] for i in rng.permutation(len(buffer)))
-
-    def _epoch(self, reader: int, epoch: int, taken: int) -> Iterator[Example | BadSampleError]:
-        limit = self.source.train_num_samples
-        if limit is not None:
-            limit = -(-limit // self.all_readers)
-        return islice(self._read(reader, epoch), taken, limit)
-
-    def __iter__(self) -> Iterator[RawBatch]:
-        worker = get_worker_info()
-        local = ((worker.id if worker else 0) + self.start) % self.readers
-        number = self.start + (local - self.start) % self.readers
-        reader = self.batcher.rank * self.readers + local
-        epoch, taken = self.cursors.get(local, (0, 0))
-        examples: list[Prepared] = []
-        skipped: list[BadSampleError] = []
-        good = taken > 0  # a replayed part was good enough once
-        while True:
-            for item in self._epoch(reader, epoch, taken):
-                taken += 1
-                try:
-                    if isinstance(item, BadSampleError):
-                        raise item
-                    examples.append(self.batcher.prepare(item))
-                    good = True
-                except BadSampleError as error:
-                    skipped.append(BadSampleError(error.reason, error.key))
-                    continue
-                if len(examples) == self.batch_size:
-                    cursor = (local, epoch, taken)
-                    yield self.batcher.batch(examples, number, skipped, cursor)
-                    number += self.readers
-                    examples, skipped = [], []
-            if not good:
-                yield failed(_all_bad(self.source.name, taken, skipped), skipped)
-                return
-            epoch, taken, good = epoch + 1, 0, False

@@ -1,21 +1,22 @@
 """Endless training batches that resume exactly."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from siglip2.data.batches import Batcher, IndexedBatches, RawBatch, StreamedBatches
+from siglip2.data.batches import Batcher, IndexedBatches, RawBatch
 from siglip2.data.eval_loader import EvalBatch, EvalLoader
 from siglip2.data.images import FixedTransform, Transform
 from siglip2.data.skipped import Skipped, _log
 from siglip2.data.sources import ShardSource, Source
+from siglip2.data.streamed_batches import StreamedBatches
 from siglip2.errors import DataError
 
-__all__ = ["EvalBatch", "EvalLoader", "TrainLoader"]
+__all__ = ["EvalBatch", "EvalLoader", "TrainLoader", "merge_states"]
 
 
 class TrainLoader:
@@ -96,12 +97,17 @@ class TrainLoader:
             )
         self._batches: Iterator[RawBatch] | None = None
         self._number = 0  # batches consumed, not those prefetched
-        self._cursors: dict[int, tuple[int, int]] = {}
+        self._cursors: dict[int, tuple[int, int]] = {}  # readers of all ranks that are known of
+        self._first_epoch = 0
         self._skipped = Skipped(source.name)
 
     @property
     def _readers(self) -> int:
         return max(self.workers, 1)
+
+    @property
+    def _first_reader(self) -> int:
+        return self.rank * self._readers
 
     def _start(self) -> Iterator[RawBatch]:
         if self.workers:
@@ -119,7 +125,8 @@ class TrainLoader:
             readers=self._readers,
             shuffle_buffer=self.shuffle_buffer,
             start=self._number,
-            cursors=self._cursors,
+            cursors={r - self._first_reader: at for r, at in self._cursors.items()},
+            first_epoch=self._first_epoch,
         )
         if not self.workers:
             return iter(batches)
@@ -150,7 +157,7 @@ class TrainLoader:
         self._number += 1
         if raw.cursor is not None:
             reader, *cursor = raw.cursor
-            self._cursors[reader] = tuple(cursor)
+            self._cursors[self._first_reader + reader] = tuple(cursor)
         return {
             "image": self.transform.finish(raw.image),
             "text": raw.text,
@@ -164,26 +171,29 @@ class TrainLoader:
         return dict(self._skipped.counts)
 
     def _identity(self) -> dict[str, Any]:
-        found = {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "world_size": self.world_size,
-        }
         if self._indexed is not None:
-            return {**found, "examples": len(self.source), "keep_groups": self.keep_groups}
-        return {**found, "shards": len(self.source.shards), "readers": self._readers}
+            sizes = {"examples": len(self.source), "keep_groups": self.keep_groups}
+        else:
+            sizes = {"shards": len(self.source.shards)}
+        return {"seed": self.seed, **sizes}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a fresh loader needs to go on after the last batch that was consumed."""
-        return {
-            **self._identity(),
-            "batches": self._number,
-            "cursors": {str(k): list(v) for k, v in self._cursors.items()},
-            "skipped": self.report(),
-        }
+        """What a fresh loader needs to go on after the last batch that was consumed.
+
+        Of streamed shards each rank knows its own readers: `merge_states` joins all ranks' states.
+        """
+        state = {**self._identity(), "batches": self._number, "skipped": self.report()}
+        if self._indexed is not None:
+            return {**state, "place": self._indexed.place(self._number)}
+        cursors = {str(k): list(v) for k, v in self._cursors.items()}
+        return {**state, "readers": self._readers * self.world_size, "cursors": cursors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises DataError if it belongs to a different run."""
+        """Go on where `state` was taken, with any batch size and number of ranks.
+
+        Streamed shards split over another number of readers go on with their next epoch, with a
+        note. Raises DataError if `state` is of other data or another seed.
+        """
         mine = self._identity()
         other = {key: state.get(key) for key in mine if state.get(key) != mine[key]}
         if other:
@@ -194,13 +204,39 @@ class TrainLoader:
             )
         self.close()
         self._number = state["batches"]
-        self._cursors = {int(k): tuple(v) for k, v in state["cursors"].items()}
+        if self._indexed is not None:
+            self._indexed.go_on(self._number, state["place"])
+        else:
+            self._load_cursors(state)
         self._skipped.counts.clear()
         self._skipped.counts.update(state["skipped"])
+
+    def _load_cursors(self, state: dict[str, Any]) -> None:
+        cursors = {int(k): tuple(v) for k, v in state["cursors"].items()}
+        before, readers = state["readers"], self._readers * self.world_size
+        mine = range(self._first_reader, self._first_reader + self._readers)
+        self._cursors = {r: cursors[r] for r in mine if r in cursors}
+        if before != readers:
+            self._cursors = {}
+            self._first_epoch = 1 + max((epoch for epoch, _ in cursors.values()), default=-1)
+            _log.warning(
+                "%s: its shards were read by %d readers, now by %d: going on with a new epoch",
+                self.source.name,
+                before,
+                readers,
+            )
 
     def close(self) -> None:
         """End the reader processes; the next batch starts them again."""
         self._batches = None
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state of all ranks' `state_dict`s, rank 0's first."""
+    merged = dict(states[0])
+    if "cursors" in merged:
+        merged["cursors"] = {k: at for state in states for k, at in state["cursors"].items()}
+    return merged
 
 
 def _usable_workers(source: Source, workers: int, world_size: int, cache_images: bool) -> int:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from data.made_examples import Numbers, assert_same, ids, loader, streamed
 
+from siglip2.data.loader import merge_states
 from siglip2.errors import DataError
 
 
@@ -81,12 +82,60 @@ def test_streamed_resume_is_exact(shards, workers, resampled, consumed):
 
 def test_a_state_of_another_run_is_refused(shards):
     state = loader(Numbers(8)).state_dict()
-    with pytest.raises(
-        DataError, match=r"cannot resume .* exactly: batch_size 4 -> 2, world_size 1 -> 2"
-    ):
-        loader(Numbers(8), batch_size=2, world_size=2).load_state_dict(state)
+    with pytest.raises(DataError, match=r"cannot resume .* exactly: examples 8 -> 9"):
+        loader(Numbers(9)).load_state_dict(state)
     with pytest.raises(DataError, match="keep_groups False -> True"):
         loader(Numbers(8), keep_groups=True).load_state_dict(state)
-    state = loader(streamed(shards), workers=2).state_dict()
-    with pytest.raises(DataError, match="readers 2 -> 1"):
-        loader(streamed(shards)).load_state_dict(state)
+    state = loader(streamed(shards)).state_dict()
+    with pytest.raises(DataError, match="seed 3 -> 1"):
+        loader(streamed(shards), seed=1).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 8), (4, 2), (1, 3)])
+def test_another_number_of_ranks_goes_on_where_the_images_ended(world, batch_size):
+    def ranks(world, batch_size):
+        make = lambda rank: loader(Numbers(30), rank=rank, world_size=world, batch_size=batch_size)
+        return [make(rank) for rank in range(world)]
+
+    def seen(loaders, steps):
+        return [i for _ in range(steps) for one in loaders for i in ids(islice(one, 1))]
+
+    before = ranks(2, 4)
+    seen(before, 3)
+    states = [json.loads(json.dumps(one.state_dict())) for one in before]
+    after = ranks(world, batch_size)
+    for one in after:
+        one.load_state_dict(merge_states(states))
+    expected = seen(before, 3)
+    assert seen(after, 24 // (world * batch_size)) == expected
+    # a second stop, now at a place that is no multiple of the batch
+    again = ranks(2, 4)
+    for one in again:
+        one.load_state_dict(merge_states([one.state_dict() for one in after]))
+    assert seen(again, 1) == seen(before, 1)
+
+
+def test_each_rank_of_streamed_shards_gets_its_own_readers_back(shards):
+    def ranks():
+        make = lambda rank: loader(streamed(shards), rank=rank, world_size=2, shuffle_buffer=5)
+        return [make(rank) for rank in range(2)]
+
+    whole = ranks()
+    next(whole[0])
+    list(islice(whole[1], 2))
+    state = merge_states([one.state_dict() for one in whole])
+    for number, (one, fresh) in enumerate(zip(whole, ranks(), strict=True)):
+        fresh.load_state_dict({**state, "batches": 1 + number})
+        assert_same(next(one), next(fresh))
+
+
+def test_streamed_shards_over_other_readers_go_on_with_a_new_epoch(shards, caplog):
+    whole = loader(streamed(shards), workers=2, shuffle_buffer=5)
+    list(islice(whole, 3))
+    state = whole.state_dict()
+    whole.close()
+    fresh = loader(streamed(shards), shuffle_buffer=5)
+    first = next(loader(streamed(shards), shuffle_buffer=5))
+    fresh.load_state_dict(state)
+    assert ids([next(fresh)]) != ids([first])
+    assert "read by 2 readers, now by 1: going on with a new epoch" in caplog.text
