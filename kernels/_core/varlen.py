@@ -50,6 +50,19 @@ def tile_map(
     return tiles.to(torch.int32).to(device, non_blocking=True)
 
 
+def length_groups(
+    cu_seqlens: Tensor,  # (B+1,) int32, on the host
+) -> list[tuple[int, Tensor, Tensor]]:  # length, (b,) sequences, (b, length) rows
+    """The sequences of each length but 0: each group is one dense batch."""
+    cu = _host(cu_seqlens, "cu_seqlens")
+    lengths = cu.diff()
+    groups = []
+    for length in torch.unique(lengths[lengths > 0]).tolist():
+        which = torch.nonzero(lengths == length)[:, 0]
+        groups.append((length, which, cu[which][:, None] + torch.arange(length)))
+    return groups
+
+
 def _host(values: Sequence[int] | Tensor, name: str) -> Tensor:  # (n,) int64
     if not isinstance(values, Tensor):
         values = torch.tensor(values) if len(values) else torch.zeros(0, dtype=torch.int64)
