@@ -1,5 +1,15 @@
 """Fused operations for training SigLIP 2. Importing this package is cheap and needs no Triton."""
 
-from .sigmoid_loss import pairwise_sigmoid_loss_sums, sigmoid_loss
+from .map_pool import map_pool
+from .patch_embed import patch_embed
+from .posemb_resample import posemb_resample
+from .sigmoid_loss import pairwise_sigmoid_loss_sums, sigmoid_loss, sigmoid_loss_and_grads
 
-__all__ = ["pairwise_sigmoid_loss_sums", "sigmoid_loss"]
+__all__ = [
+    "map_pool",
+    "patch_embed",
+    "posemb_resample",
+    "pairwise_sigmoid_loss_sums",
+    "sigmoid_loss",
+    "sigmoid_loss_and_grads",
+]

@@ -41,7 +41,10 @@ def _worker(rank: int, world: int, folder: str, file: str, name: str, args: tupl
 
 
 def run(world: int, fn: Callable, *args: Any) -> list[Any]:
-    """`fn(rank, world, *args)` on `world` processes; `fn` is at the top level of its file."""
+    """`fn(rank, world, *args)` on `world` processes; `fn` is at the top level of its file.
+
+    None for a rank that left with os._exit(0).
+    """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(
             _worker,
@@ -49,4 +52,5 @@ def run(world: int, fn: Callable, *args: Any) -> list[Any]:
             nprocs=world,
             join=True,
         )
-        return [torch.load(Path(folder) / f"{r}.pt") for r in range(world)]
+        files = [Path(folder) / f"{r}.pt" for r in range(world)]
+        return [torch.load(file) if file.exists() else None for file in files]

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 RUNNERS = [
     pytest.param("chunked", "cpu", id="chunked-cpu"),
     pytest.param("triton", "cpu", id="triton-cpu", marks=pytest.mark.interpreter),
+    pytest.param("cublas", "cpu", id="cublas-cpu", marks=pytest.mark.interpreter),
     pytest.param("chunked", "cuda", id="chunked-cuda", marks=pytest.mark.gpu),
     pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu),
+    pytest.param("cublas", "cuda", id="cublas-cuda", marks=pytest.mark.gpu),
 ]
 
 
@@ -20,8 +22,10 @@ def runners_and_dtypes() -> list:
     dtypes = {
         ("chunked", "cpu"): both | {"float64": torch.float64},
         ("triton", "cpu"): half,
+        ("cublas", "cpu"): half,
         ("chunked", "cuda"): both,
         ("triton", "cuda"): both,
+        ("cublas", "cuda"): both,
     }
     return [
         pytest.param(*runner.values, dtype, id=f"{runner.id}-{name}", marks=runner.marks)
@@ -66,19 +70,34 @@ def make_inputs(B, M, D, dtype, device="cpu", temperature="init"):
     return [x.to(device).requires_grad_() for x in inputs]
 
 
+def make_features(B, M, D, dtype, device="cpu", temperature="init"):
+    """Rows of towers before normalisation: of any length, the last image's and caption's 0."""
+    img, txt, *scalars = make_inputs(B, M, D, torch.float32, "cpu", temperature)
+    g = torch.Generator().manual_seed(2)
+    rows = [x.detach() * 30 * torch.rand(len(x), 1, generator=g) for x in (img, txt)]
+    for x in rows:
+        x[-1] = 0
+    return [*(x.to(device, dtype).requires_grad_() for x in rows), *(x.to(device) for x in scalars)]
+
+
 def make_pairs(kind, B, M, device="cpu"):
-    """Several positives to an image, images without any, and weights far from 1."""
+    """Several positives to an image, images without any, and weights far from 1.
+
+    "ignored" needs B == M; its ignore ids are equal on the diagonal too, which still counts.
+    """
     g = torch.Generator().manual_seed(1)
     if kind == "diagonal":
         return {}
+    # Beyond int32: ids may be hashes.
+    ignore = {"img_ignore_ids": torch.arange(B) // 3, "txt_ignore_ids": torch.arange(M) // 3}
+    if kind == "ignored":
+        return {name: (x + 2**40).to(device) for name, x in ignore.items()}
     ids = {"img_ids": torch.randperm(B, generator=g) // 2, "txt_ids": torch.arange(M) % (B + 1)}
     if kind == "ids":
-        # Beyond int32: ids may be hashes.
         return {name: (x + 2**40).to(device) for name, x in ids.items()}
     weights = {
         "img_weight": torch.rand(B, generator=g) / 30_000,
         "txt_weight": torch.rand(M, generator=g) * 7,
     }
-    return {
-        name: x.to(device) for name, x in ({n: x.int() for n, x in ids.items()} | weights).items()
-    }
+    ids = {name: x.int() for name, x in (ids | ignore).items()}
+    return {name: x.to(device) for name, x in (ids | weights).items()}

@@ -20,7 +20,9 @@ ARROWS = {
     "siglip2/errors": (),
     "siglip2/files": (),
     "siglip2/distributed": (),
-    "siglip2/losses": ("siglip2_kernels", "siglip2.distributed"),
+    "siglip2/gather": ("siglip2.distributed",),
+    "siglip2/ring": ("siglip2.distributed",),
+    "siglip2/losses": ("siglip2_kernels", "siglip2.distributed", "siglip2.gather", "siglip2.ring"),
     # data.types holds tuples only: the boundary between a collator and a model
     "siglip2/models": (
         "siglip2_kernels",
@@ -56,8 +58,16 @@ MAX_FUNCTION = 60
 
 # Waits for the device, or copies to the host, inside a step.
 SYNCS = re.compile(r"\.(item|tolist|cpu)\(|\bnonzero\(")
-# Where sizes become host numbers, once a batch, and where weights are read and written.
-HOST_BOUNDARIES = ("models/inputs.py", "models/weights/", "models/factory.py")
+# Where sizes become host numbers, once a batch, and where weights are read and written; eager
+# backends that loop over sequences or grids, whose sizes they take on the host only.
+HOST_BOUNDARIES = (
+    "_core/varlen.py",
+    "posemb_resample/",
+    "map_pool/reference.py",
+    "models/inputs.py",
+    "models/weights/",
+    "models/factory.py",
+)
 
 
 def sources(*folders: str) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Backend = Literal["reference", "chunked", "triton", "cuda"]
+Backend = Literal["reference", "chunked", "cublas", "triton", "cuda"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = find_spec("triton") is not None

@@ -1,5 +1,17 @@
 """Sigmoid image-text loss (SigLIP, arXiv:2303.15343) over all pairs, without the B x M matrix."""
 
-from .op import LossSums, pairwise_sigmoid_loss_sums, sigmoid_loss
+from .loss import (
+    LossAndGrads,
+    LossSums,
+    pairwise_sigmoid_loss_sums,
+    sigmoid_loss,
+    sigmoid_loss_and_grads,
+)
 
-__all__ = ["LossSums", "pairwise_sigmoid_loss_sums", "sigmoid_loss"]
+__all__ = [
+    "LossAndGrads",
+    "LossSums",
+    "pairwise_sigmoid_loss_sums",
+    "sigmoid_loss",
+    "sigmoid_loss_and_grads",
+]

@@ -10,10 +10,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._core.chunks import row_chunks
 from .._core.matmul import addmm_f32_, mm_f32, unit_scale
-from .._core.triton_math import softplus_sigmoid
+from .._core.triton_math import LOG2_E
+from ._pair_terms import load_side, pair_terms
 
 # G's buffer; 4096 rows at M = 64k. Longer chunks mean fewer passes over the float32 dtxt.
 MAX_ELEMENTS = 1 << 28
@@ -21,53 +23,106 @@ MAX_ELEMENTS = 1 << 28
 
 class Config(NamedTuple):
     BB: int  # rows of a tile
-    BM: int  # columns of a tile; the epilogue takes them in two halves
+    BM: int  # columns of a tile
     BD: int  # depth of one step of the product
+    pieces: int  # 2, 4 or 8 in which the epilogue takes the columns: a whole tile spills registers
     num_warps: int
     num_stages: int
+    blocks: int  # that share a multiprocessor: one multiplies while another is in its epilogue
+    is_flat: bool  # loops over tiles and depth are one, so loads run ahead through the epilogue
+
+    @property
+    def maxnreg(self) -> int | None:
+        """Registers of a thread with which so many blocks fit; None: no limit but the machine's."""
+        most = 65536 // (self.blocks * self.num_warps * 32) // 8 * 8
+        return most if most < 255 else None
 
 
-# The largest tiles whose epilogue stays in registers, as compile reports say (not yet timed).
-# Hopper and data-centre Blackwell: 128 x 256 spills 640 bytes a thread there.
-WIDE = Config(BB=128, BM=128, BD=64, num_warps=8, num_stages=3)
-# Ampere, Ada, consumer Blackwell: their products hold operands in registers; WIDE spills 24 bytes.
-NARROW = Config(BB=128, BM=64, BD=64, num_warps=4, num_stages=3)
+# Chosen by compile reports (registers, spills, shared memory); no GPU has timed them.
+HOPPER = Config(128, 128, 64, pieces=8, num_warps=8, num_stages=3, blocks=2, is_flat=True)
+# Flattening repeats the epilogue here, and eight warps compute each pair twice.
+BLACKWELL = Config(128, 128, 64, pieces=8, num_warps=4, num_stages=3, blocks=2, is_flat=False)
+AMPERE = Config(128, 64, 64, pieces=4, num_warps=4, num_stages=3, blocks=3, is_flat=True)
+# A multiprocessor of Ada and of consumer GPUs has 100 KB of shared memory.
+CONSUMER = Config(128, 64, 32, pieces=4, num_warps=4, num_stages=3, blocks=2, is_flat=True)
 # Float32 products without TF32 run on the ordinary cores.
-FLOAT32 = Config(BB=64, BM=64, BD=32, num_warps=4, num_stages=2)
+FLOAT32 = Config(64, 64, 32, pieces=2, num_warps=4, num_stages=2, blocks=2, is_flat=True)
 GROUP = 8  # tiles of rows that share their columns while those are in L2
 
 
-def config(dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+def config(dtype: torch.dtype, capability: tuple[int, int], *, is_plain: bool = True) -> Config:
+    """`is_plain`: neither ids nor weights, whose registers cost one of the blocks."""
     if dtype is torch.float32:
-        return FLOAT32
-    return WIDE if capability[0] in (9, 10) else NARROW
+        tile = FLOAT32
+    elif capability == (8, 0):
+        tile = AMPERE
+    else:
+        tile = {9: HOPPER, 10: BLACKWELL}.get(capability[0], CONSUMER)
+    return tile if is_plain else tile._replace(blocks=max(tile.blocks - 1, 1))
 
 
-def _config_for(x: Tensor) -> Config:
-    return config(x.dtype, torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0))
+def has_tma(dtype: torch.dtype, capability: tuple[int, int], *matrices: Tensor) -> bool:
+    """Whether tensor descriptors can read the rows of `matrices` (CUDA guide, 10.29.1)."""
+    return (
+        dtype is not torch.float32
+        and capability[0] in (9, 10)
+        and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in matrices)
+    )
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
+def _num_programs(tile: Config, device: torch.device) -> int:
+    """As many as run at a time; few under the interpreter, so that its tests see the loop."""
+    if device.type != "cuda":
+        return 4
+    return tile.blocks * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _tile_index(i_tile, B, M, BB: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
+    """Neighbouring tiles share rows and columns, so that both are read from L2."""
+    num_b, num_m = tl.cdiv(B, BB), tl.cdiv(M, BM)
+    first_b = i_tile // (GROUP * num_m) * GROUP
+    group = tl.minimum(num_b - first_b, GROUP)
+    i_b = first_b + i_tile % (GROUP * num_m) % group
+    i_m = i_tile % (GROUP * num_m) // group
+    return i_b, i_m
 
 
 @triton.jit
 def _raw_tile(
-    img_ptr,
-    txt_ptr,
-    o_b,
-    o_m,
+    img,
+    txt,
+    i_b,
+    i_m,
+    B,
+    M,
     stride_img,
     stride_txt,
     D: tl.constexpr,
     BB: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
+    HAS_TMA: tl.constexpr,
 ):
-    o_d = tl.arange(0, BD)
-    p_img = img_ptr + o_b.to(tl.int64)[:, None] * stride_img + o_d[None, :]
-    p_txt = txt_ptr + o_m.to(tl.int64)[:, None] * stride_txt + o_d[None, :]
     b_raw = tl.zeros((BB, BM), tl.float32)
+    if not HAS_TMA:
+        # Rows past the end repeat the last one: loads need no mask, the epilogue drops them.
+        o_b = tl.minimum(i_b * BB + tl.arange(0, BB), B - 1).to(tl.int64)
+        o_m = tl.minimum(i_m * BM + tl.arange(0, BM), M - 1).to(tl.int64)
+        o_d = tl.arange(0, BD)
+        p_img = img + o_b[:, None] * stride_img + o_d[None, :]
+        p_txt = txt + o_m[:, None] * stride_txt + o_d[None, :]
     for d in range(0, D, BD):
-        if D % BD == 0:
-            b_img = tl.load(p_img + d)  # [BB, BD]
-            b_txt = tl.load(p_txt + d)  # [BM, BD]
+        if HAS_TMA:
+            b_img = img.load([i_b * BB, d])  # [BB, BD], 0 outside
+            b_txt = txt.load([i_m * BM, d])  # [BM, BD]
+        elif D % BD == 0:
+            b_img = tl.load(p_img + d)
+            b_txt = tl.load(p_txt + d)
         else:
             m_d = o_d[None, :] < D - d
             b_img = tl.load(p_img + d, mask=m_d, other=0.0)
@@ -78,53 +133,36 @@ def _raw_tile(
 
 
 @triton.jit
-def _epilogue(
-    b_raw,  # [BB, BN], raw dot products of the columns o_m
-    o_b,
-    o_m,
-    first_row,
-    B,
-    M,
-    scale,
-    bias,
-    img_ids_ptr,
-    txt_ids_ptr,
-    img_weight_ptr,
-    txt_weight_ptr,
-):
-    """Weighted losses and G of one block of pairs; 0 for pairs outside (B, M)."""
-    b_z = b_raw * scale + bias
-    if img_ids_ptr is None:
-        m_pos = (first_row + o_b)[:, None] == o_m[None, :]
-    else:
-        b_img_ids = tl.load(img_ids_ptr + o_b, mask=o_b < B, other=0)
-        b_txt_ids = tl.load(txt_ids_ptr + o_m, mask=o_m < M, other=0)
-        m_pos = b_img_ids[:, None] == b_txt_ids[None, :]
-    b_loss, b_p = softplus_sigmoid(tl.where(m_pos, -b_z, b_z))
-    b_g = tl.where(m_pos, -b_p, b_p)
+def _halves(b, BB: tl.constexpr, BN: tl.constexpr):
+    """Left and right columns of b [BB, BN]."""
+    return b.reshape(BB, 2, BN // 2).permute(0, 2, 1).split()
 
-    # A weight of 0 outside the matrix does the masking.
-    b_row = (o_b < B).to(tl.float32)
-    b_column = (o_m < M).to(tl.float32)
-    if img_weight_ptr is not None:
-        b_row = tl.load(img_weight_ptr + o_b, mask=o_b < B, other=0.0)
-    if txt_weight_ptr is not None:
-        b_column = tl.load(txt_weight_ptr + o_m, mask=o_m < M, other=0.0)
-    b_weight = b_row[:, None] * b_column[None, :]
-    return b_loss * b_weight, b_g * b_weight
+
+@triton.jit
+def _split_columns(b, BB: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):
+    """b [BB, BN] as a tuple of 2, 4 or 8 blocks, from left to right."""
+    pieces = _halves(b, BB, BN)
+    if PIECES >= 4:
+        pieces = _halves(pieces[0], BB, BN // 2) + _halves(pieces[1], BB, BN // 2)
+    if PIECES == 8:
+        left = _halves(pieces[0], BB, BN // 4) + _halves(pieces[1], BB, BN // 4)
+        pieces = left + _halves(pieces[2], BB, BN // 4) + _halves(pieces[3], BB, BN // 4)
+    return pieces
 
 
 @triton.jit
 def _tile_kernel(
-    img_ptr,
-    txt_ptr,
+    img,  # pointer, or tensor descriptor of blocks [BB, BD] if HAS_TMA
+    txt,  # likewise, [BM, BD]
     log_scale_ptr,
     bias_ptr,
     img_ids_ptr,
     txt_ids_ptr,
+    img_ignore_ids_ptr,
+    txt_ignore_ids_ptr,
     img_weight_ptr,
     txt_weight_ptr,
-    g_ptr,
+    g,  # pointer, or tensor descriptor of blocks [BB, BM / PIECES]; None: not wanted
     totals_ptr,
     rows_ptr,
     columns_ptr,
@@ -138,77 +176,64 @@ def _tile_kernel(
     BB: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
+    PIECES: tl.constexpr,
     GROUP: tl.constexpr,
     LIFT: tl.constexpr,
+    HAS_TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
-    # Neighbouring programs share rows and columns, so that both are read from L2.
-    num_b, num_m = tl.cdiv(B, BB), tl.cdiv(M, BM)
-    i_tile = tl.program_id(0)
-    first_b = i_tile // (GROUP * num_m) * GROUP
-    group = tl.minimum(num_b - first_b, GROUP)
-    i_b = first_b + i_tile % (GROUP * num_m) % group
-    i_m = i_tile % (GROUP * num_m) // group
-
-    o_b = i_b * BB + tl.arange(0, BB)
-    o_m = i_m * BM + tl.arange(0, BM)
-    # Rows past the end repeat the last one: loads need no mask, the epilogue drops them.
-    b_raw = _raw_tile(
-        img_ptr,
-        txt_ptr,
-        tl.minimum(o_b, B - 1),
-        tl.minimum(o_m, M - 1),
-        stride_img,
-        stride_txt,
-        D,
-        BB,
-        BM,
-        BD,
-    )
-    scale, bias = tl.exp(tl.load(log_scale_ptr)), tl.load(bias_ptr)
-
-    # The epilogue takes one half of the columns after the other: a whole tile spills registers.
-    b_halves = b_raw.reshape(BB, 2, BM // 2).permute(0, 2, 1).split()
-    loss = 0.0
-    graw = 0.0
-    gsum = 0.0
-    b_rows = tl.zeros((BB,), tl.float32)
-    for half in tl.static_range(2):
-        o_n = i_m * BM + half * (BM // 2) + tl.arange(0, BM // 2)
-        b_half = b_halves[half]
-        b_loss, b_g = _epilogue(
-            b_half,
-            o_b,
-            o_n,
-            first_row,
-            B,
-            M,
-            scale,
-            bias,
-            img_ids_ptr,
-            txt_ids_ptr,
-            img_weight_ptr,
-            txt_weight_ptr,
-        )
-        if rows_ptr is not None:
+    BN: tl.constexpr = BM // PIECES
+    scale = tl.exp(tl.load(log_scale_ptr)) * LOG2_E
+    bias = tl.load(bias_ptr) * LOG2_E
+    num_m = tl.cdiv(M, BM)
+    for i_tile in tl.range(
+        tl.program_id(0), tl.cdiv(B, BB) * num_m, tl.num_programs(0), flatten=FLATTEN
+    ):
+        i_b, i_m = _tile_index(i_tile, B, M, BB, BM, GROUP)
+        b_raw = _raw_tile(img, txt, i_b, i_m, B, M, stride_img, stride_txt, D, BB, BM, BD, HAS_TMA)
+        o_b = i_b * BB + tl.arange(0, BB)
+        m_b = o_b < B
+        img_side = load_side(o_b, B, first_row, img_ids_ptr, img_ignore_ids_ptr, img_weight_ptr)
+        b_pieces = _split_columns(b_raw, BB, BM, PIECES)
+        b_rows = tl.zeros((BB,), tl.float32)
+        b_graw = tl.zeros((BB,), tl.float32)
+        b_gsum = tl.zeros((BB,), tl.float32)
+        for piece in tl.static_range(PIECES):
+            o_m = i_m * BM + piece * BN + tl.arange(0, BN)
+            b_loss, b_g = pair_terms(
+                b_pieces[piece],
+                img_side,
+                load_side(o_m, M, 0, txt_ids_ptr, txt_ignore_ids_ptr, txt_weight_ptr),
+                o_m < M,
+                scale,
+                bias,
+                img_ids_ptr is not None,
+                img_ignore_ids_ptr is not None,
+                img_weight_ptr is not None,
+                txt_weight_ptr is not None,
+            )
             b_rows += tl.sum(b_loss, 1)
-            p_columns = columns_ptr + i_b.to(tl.int64) * M + o_n
-            tl.store(p_columns, tl.sum(b_loss, 0), mask=o_n < M)
-        else:
-            loss += tl.sum(b_loss)
-            graw += tl.sum(b_g * b_half)
-            gsum += tl.sum(b_g)
-        if g_ptr is not None:
-            # G is padded to whole tiles, so its stores need no mask.
-            p_g = g_ptr + o_b.to(tl.int64)[:, None] * stride_g + o_n[None, :]
-            tl.store(p_g, (b_g * LIFT).to(g_ptr.dtype.element_ty))
+            if columns_ptr is not None:
+                b_columns = tl.sum(tl.where(m_b[:, None], b_loss, 0.0), 0)
+                tl.store(columns_ptr + i_b.to(tl.int64) * M + o_m, b_columns, mask=o_m < M)
+            else:
+                b_graw += tl.sum(b_g * b_pieces[piece], 1)
+                b_gsum += tl.sum(b_g, 1)
+            if g is not None:
+                # G is padded to whole tiles, so its stores need no mask.
+                if HAS_TMA:
+                    g.store([i_b * BB, i_m * BM + piece * BN], (b_g * LIFT).to(g.dtype))
+                else:
+                    p_g = g + o_b.to(tl.int64)[:, None] * stride_g + o_m[None, :]
+                    tl.store(p_g, (b_g * LIFT).to(g.dtype.element_ty))
 
-    if rows_ptr is not None:
-        tl.store(rows_ptr + i_m.to(tl.int64) * B + o_b, b_rows, mask=o_b < B)
-    else:
-        p_totals = totals_ptr + (i_b.to(tl.int64) * num_m + i_m) * 3
-        tl.store(p_totals, loss)
-        tl.store(p_totals + 1, graw)
-        tl.store(p_totals + 2, gsum)
+        if rows_ptr is not None:
+            tl.store(rows_ptr + i_m.to(tl.int64) * B + o_b, b_rows, mask=m_b)
+        else:
+            p_totals = totals_ptr + (i_b.to(tl.int64) * num_m + i_m) * 3
+            tl.store(p_totals, tl.sum(tl.where(m_b, b_rows, 0.0)))
+            tl.store(p_totals + 1, tl.sum(tl.where(m_b, b_graw, 0.0)))
+            tl.store(p_totals + 2, tl.sum(tl.where(m_b, b_gsum, 0.0)))
 
 
 def unsupported(img: Tensor, txt: Tensor) -> str | None:
@@ -224,28 +249,30 @@ def _launch(
     txt: Tensor,  # (M, D)
     log_scale: Tensor,  # ()
     bias: Tensor,  # ()
-    img_ids: Tensor | None,  # (c,)
-    txt_ids: Tensor | None,  # (M,)
-    img_weight: Tensor | None,  # (c,)
-    txt_weight: Tensor | None,  # (M,)
+    *pairs: Tensor | None,  # ids, ignore ids and weights of c rows and of txt
     first_row: int,
-    *,
     g: Tensor | None = None,  # (c, M) in whole tiles
     totals: Tensor | None = None,  # (tiles, 3)
     rows: Tensor | None = None,  # (column tiles, c)
     columns: Tensor | None = None,  # (row tiles, M)
 ) -> None:
     (B, D), M = img.shape, txt.shape[0]
-    tile = _config_for(img)
-    _tile_kernel[(triton.cdiv(B, tile.BB) * triton.cdiv(M, tile.BM),)](
+    dtype, capability = img.dtype, _capability(img)
+    tile = config(dtype, capability, is_plain=all(x is None for x in pairs))
+    strides = img.stride(0), txt.stride(0), 0 if g is None else g.stride(0)
+    tma = has_tma(dtype, capability, img, txt)
+    if tma:
+        img = TensorDescriptor.from_tensor(img, [tile.BB, tile.BD])
+        txt = TensorDescriptor.from_tensor(txt, [tile.BM, tile.BD])
+        if g is not None:
+            g = TensorDescriptor.from_tensor(g, [tile.BB, tile.BM // tile.pieces])
+    tiles = triton.cdiv(B, tile.BB) * triton.cdiv(M, tile.BM)
+    _tile_kernel[(min(tiles, _num_programs(tile, log_scale.device)),)](
         img,
         txt,
         log_scale,
         bias,
-        img_ids,
-        txt_ids,
-        img_weight,
-        txt_weight,
+        *pairs,
         g,
         totals,
         rows,
@@ -253,22 +280,26 @@ def _launch(
         B,
         M,
         first_row,
-        img.stride(0),
-        txt.stride(0),
-        0 if g is None else g.stride(0),
+        *strides,
         D=D,
         BB=tile.BB,
         BM=tile.BM,
         BD=tile.BD,
+        PIECES=tile.pieces,
         GROUP=GROUP,
-        LIFT=unit_scale(img.dtype),
+        LIFT=unit_scale(dtype),
+        HAS_TMA=tma,
+        FLATTEN=tile.is_flat,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.maxnreg,
     )
 
 
-def _rows(x: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if x is None else x[start:stop]
+def _part(pairs: tuple[Tensor | None, ...], start: int, stop: int) -> list[Tensor | None]:
+    """Ids, ignore ids and weights with the images' cut to a chunk of rows."""
+    rows_of = range(0, len(pairs), 2)
+    return [x[start:stop] if x is not None and i in rows_of else x for i, x in enumerate(pairs)]
 
 
 def fwd(
@@ -278,6 +309,8 @@ def fwd(
     bias: Tensor,  # ()
     img_ids: Tensor | None,  # (B,)
     txt_ids: Tensor | None,  # (M,)
+    img_ignore_ids: Tensor | None,  # (B,)
+    txt_ignore_ids: Tensor | None,  # (M,)
     img_weight: Tensor | None,  # (B,) float32
     txt_weight: Tensor | None,  # (M,) float32
     needs_dimg: bool,
@@ -285,8 +318,9 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (3,), (B, D) or (0, D), (M, D) or (0, D)
     """Sums of loss, G * raw and G over all pairs, then G @ txt and G.T @ img, all float32."""
     (B, D), M = img.shape, txt.shape[0]
-    tile = _config_for(img)
-    log_scale, bias = log_scale.float(), bias.float()
+    tile = config(img.dtype, _capability(img))
+    pairs = img_ids, txt_ids, img_ignore_ids, txt_ignore_ids, img_weight, txt_weight
+    scalars = log_scale.float(), bias.float()
     dimg = img.new_empty((B if needs_dimg else 0, D), dtype=torch.float32)
     dtxt = txt.new_zeros((M if needs_dtxt else 0, D), dtype=torch.float32)
     chunks = list(row_chunks(B, M, MAX_ELEMENTS, multiple=tile.BB))
@@ -299,8 +333,8 @@ def fwd(
         x = img[start:stop]
         tiles = triton.cdiv(stop - start, tile.BB) * triton.cdiv(M, tile.BM)
         part = img.new_empty((tiles, 3), dtype=torch.float32)
-        ids, weight = _rows(img_ids, start, stop), _rows(img_weight, start, stop)
-        _launch(x, txt, log_scale, bias, ids, txt_ids, weight, txt_weight, start, g=g, totals=part)
+        outputs = {"g": g, "totals": part}
+        _launch(x, txt, *scalars, *_part(pairs, start, stop), first_row=start, **outputs)
         totals.append(part.sum(0, dtype=torch.float64))
         if needs_dimg:
             mm_f32(g[: stop - start, :M], txt, out=dimg[start:stop])
@@ -316,35 +350,21 @@ def sums(
     txt: Tensor,  # (M, D)
     log_scale: Tensor,  # ()
     bias: Tensor,  # ()
-    img_ids: Tensor | None,  # (B,)
-    txt_ids: Tensor | None,  # (M,)
-    img_weight: Tensor | None,  # (B,) float32
-    txt_weight: Tensor | None,  # (M,) float32
+    *pairs: Tensor | None,  # as in fwd
 ) -> tuple[Tensor, Tensor]:  # (B,), (M,) float32
     """The weighted losses summed over each row and each column."""
     B, M = img.shape[0], txt.shape[0]
-    tile = _config_for(img)
-    log_scale, bias = log_scale.float(), bias.float()
+    tile = config(img.dtype, _capability(img))
+    scalars = log_scale.float(), bias.float()
     rows = img.new_empty(B, dtype=torch.float32)
     columns = txt.new_zeros(M, dtype=torch.float32)
     for start, stop in row_chunks(B, M, MAX_ELEMENTS, multiple=tile.BB):
         n = stop - start
         row_part = rows.new_empty(triton.cdiv(M, tile.BM), n)
         column_part = rows.new_empty(triton.cdiv(n, tile.BB), M)
-        ids, weight = _rows(img_ids, start, stop), _rows(img_weight, start, stop)
-        _launch(
-            img[start:stop],
-            txt,
-            log_scale,
-            bias,
-            ids,
-            txt_ids,
-            weight,
-            txt_weight,
-            start,
-            rows=row_part,
-            columns=column_part,
-        )
+        outputs = {"rows": row_part, "columns": column_part}
+        x = img[start:stop]
+        _launch(x, txt, *scalars, *_part(pairs, start, stop), first_row=start, **outputs)
         rows[start:stop] = row_part.sum(0)
         columns += column_part.sum(0)
     return rows, columns

@@ -1,4 +1,4 @@
-"""What `sigmoid_loss` accepts, and which pairs are positives."""
+"""What the sigmoid loss accepts, and what is said about its pairs."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,15 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 class Pairs(NamedTuple):
-    """Which pairs are positives, and what each counts; None: i <-> i, and 1."""
+    """Which pairs are positives, which do not count, and what the others count.
+
+    None: i <-> i are positives, all pairs count, and count 1.
+    """
 
     img_ids: Tensor | None  # (B,) int32 or int64
     txt_ids: Tensor | None  # (M,) int32 or int64
+    img_ignore_ids: Tensor | None  # (B,) int32 or int64
+    txt_ignore_ids: Tensor | None  # (M,) int32 or int64
     img_weight: Tensor | None  # (B,)
     txt_weight: Tensor | None  # (M,)
 
@@ -31,7 +36,7 @@ class Pairs(NamedTuple):
                 factor = factor * most
                 weight = torch.where(most > 0, weight / most, 0.0).contiguous()
             weights.append(weight)
-        ids = (None if x is None else x.contiguous() for x in (self.img_ids, self.txt_ids))
+        ids = (None if x is None else x.contiguous() for x in self[:4])
         return Pairs(*ids, *weights), factor
 
 
@@ -47,7 +52,14 @@ def check(img: Tensor, txt: Tensor, log_scale: Tensor, bias: Tensor, pairs: Pair
             raise ValueError(f"need {name} (); got {tuple(scalar.shape)}; pass {name}.squeeze()")
         if not scalar.dtype.is_floating_point:
             raise ValueError(f"need {name} of a floating-point dtype; got {scalar.dtype}")
-    _check_ids(img, txt, pairs.img_ids, pairs.txt_ids)
+    _check_ids(img, txt, pairs, "ids")
+    _check_ids(img, txt, pairs, "ignore_ids")
+    if pairs.img_ids is None and img.shape[0] != txt.shape[0]:
+        raise ValueError(
+            "need as many captions as images when ids are not given;"
+            f" got B={img.shape[0]}, M={txt.shape[0]};"
+            " pass img_ids and txt_ids: pairs whose ids are equal are positives"
+        )
     _check_weight("img_weight", pairs.img_weight, img.shape[0])
     _check_weight("txt_weight", pairs.txt_weight, txt.shape[0])
     for name, x in zip(
@@ -59,19 +71,13 @@ def check(img: Tensor, txt: Tensor, log_scale: Tensor, bias: Tensor, pairs: Pair
             )
 
 
-def _check_ids(img: Tensor, txt: Tensor, img_ids: Tensor | None, txt_ids: Tensor | None) -> None:
-    B, M = img.shape[0], txt.shape[0]
-    if (img_ids is None) != (txt_ids is None):
-        raise ValueError("need both img_ids and txt_ids, or neither; got one")
-    if img_ids is None:
-        if B != M:
-            raise ValueError(
-                f"need as many captions as images when ids are not given; got B={B}, M={M};"
-                " pass img_ids and txt_ids: pairs whose ids are equal are positives"
-            )
-        return
-    for name, ids, n in (("img_ids", img_ids, B), ("txt_ids", txt_ids, M)):
-        if ids.shape != (n,) or ids.dtype not in _INTEGERS:
+def _check_ids(img: Tensor, txt: Tensor, pairs: Pairs, kind: str) -> None:
+    names = f"img_{kind}", f"txt_{kind}"
+    both = [getattr(pairs, name) for name in names]
+    if (both[0] is None) != (both[1] is None):
+        raise ValueError(f"need both {names[0]} and {names[1]}, or neither; got one")
+    for name, ids, n in zip(names, both, (img.shape[0], txt.shape[0]), strict=True):
+        if ids is not None and (ids.shape != (n,) or ids.dtype not in _INTEGERS):
             got = f"{tuple(ids.shape)} {ids.dtype}"
             raise ValueError(f"need {name} ({n},) of int32 or int64; got {got}")
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core.unit_rows import EPS
+
 
 def weighted_pair_losses(
     img: Tensor,  # (B, D)
@@ -15,17 +17,30 @@ def weighted_pair_losses(
     *,
     img_ids: Tensor | None = None,  # (B,)
     txt_ids: Tensor | None = None,  # (M,)
+    img_ignore_ids: Tensor | None = None,  # (B,)
+    txt_ignore_ids: Tensor | None = None,  # (M,)
     img_weight: Tensor | None = None,  # (B,)
     txt_weight: Tensor | None = None,  # (M,)
+    normalize: bool = False,
 ) -> Tensor:  # (B, M)
-    """w_i w'_j softplus(-y_ij z_ij), with y_ij = +1 where ids are equal (i == j without ids)."""
+    """w_i w'_j softplus(-y_ij z_ij), with y_ij = +1 where ids are equal (i == j without ids).
+
+    0 where y_ij = -1 and ignore ids are equal.
+    """
     acc = torch.promote_types(img.dtype, torch.float32)
-    z = log_scale.to(acc).exp() * (img.to(acc) @ txt.to(acc).T) + bias.to(acc)  # (B, M)
+    img, txt = img.to(acc), txt.to(acc)
+    if normalize:
+        img, txt = (x / (x.norm(dim=-1, keepdim=True) + EPS) for x in (img, txt))
+    z = log_scale.to(acc).exp() * (img @ txt.T) + bias.to(acc)  # (B, M)
     if img_ids is None:
         img_ids = torch.arange(img.shape[0], device=img.device)
         txt_ids = torch.arange(txt.shape[0], device=img.device)
+    is_positive = img_ids[:, None] == txt_ids
     # The default threshold of 20 cuts off terms that float64 resolves.
-    losses = F.softplus(torch.where(img_ids[:, None] == txt_ids, -z, z), threshold=40)
+    losses = F.softplus(torch.where(is_positive, -z, z), threshold=40)
+    if img_ignore_ids is not None:
+        is_ignored = (img_ignore_ids[:, None] == txt_ignore_ids) & ~is_positive
+        losses = losses.masked_fill(is_ignored, 0)
     if img_weight is not None:
         losses = img_weight.to(acc)[:, None] * losses
     if txt_weight is not None:
@@ -40,7 +55,7 @@ def sigmoid_loss(
     bias: Tensor,  # ()
     *,
     reduction: Literal["mean", "sum"] = "mean",
-    **pairs: Tensor | None,  # img_ids, txt_ids, img_weight, txt_weight
+    **pairs: Tensor | bool | None,  # as in weighted_pair_losses
 ) -> Tensor:  # ()
     """Sum over all pairs; "mean" divides by B, the images, not by the pairs."""
     total = weighted_pair_losses(img, txt, log_scale, bias, **pairs).sum()
@@ -52,7 +67,7 @@ def pairwise_sigmoid_loss_sums(
     txt: Tensor,  # (M, D)
     log_scale: Tensor,  # ()
     bias: Tensor,  # ()
-    **pairs: Tensor | None,  # img_ids, txt_ids, img_weight, txt_weight
+    **pairs: Tensor | bool | None,  # as in weighted_pair_losses
 ) -> tuple[Tensor, Tensor]:  # (B,), (M,)
     losses = weighted_pair_losses(img, txt, log_scale, bias, **pairs)
     return losses.sum(1), losses.sum(0)

@@ -96,9 +96,8 @@ class TrainLoader:
                 "is streamed"
             )
         self._batches: Iterator[RawBatch] | None = None
-        self._number = 0  # batches consumed, not those prefetched
+        self._number = self._first_epoch = 0  # batches consumed, not those prefetched
         self._cursors: dict[int, tuple[int, int]] = {}  # readers of all ranks that are known of
-        self._first_epoch = 0
         self._skipped = Skipped(source.name)
 
     @property

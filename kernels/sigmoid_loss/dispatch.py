@@ -1,0 +1,86 @@
+"""Which of the two GPU designs runs when no backend is asked for, and why.
+
+"triton" makes logits and G in one kernel; its product is slower than the library's, more so the
+wider the embedding. "cublas" lets the library make every product and pays one pass over a chunk of
+logits in memory, whatever the width. All reasons are modelled from data sheets, none is measured.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Rule(NamedTuple):
+    majors: tuple[int, ...]  # of the compute capability; empty: every other one
+    dtypes: tuple[torch.dtype, ...]
+    max_D: int | None  # widest embedding it speaks of; None: any
+    backend: str
+    reason: str
+
+
+# The first rule that fits decides.
+RULES = (
+    Rule(
+        (),
+        (torch.float32,),
+        None,
+        "cublas",
+        "products without tensor cores take nearly all the time, and the library's are faster",
+    ),
+    Rule(
+        (9,),
+        _HALF,
+        768,
+        "triton",
+        "4 bytes a pair through memory cost what the slower product and its epilogue cost,"
+        " and logits stay float32",
+    ),
+    Rule(
+        (9,),
+        _HALF,
+        None,
+        "cublas",
+        "the product's lag grows with D, the pass over the logits does not",
+    ),
+    Rule(
+        (10,),
+        _HALF,
+        None,
+        "cublas",
+        "products are twice as fast as Hopper's and memory too, the epilogue is not",
+    ),
+    Rule(
+        (),
+        _HALF,
+        None,
+        "triton",
+        "several blocks share a multiprocessor, so epilogues hide behind products;"
+        " memory is slow beside both",
+    ),
+)
+
+
+def rule(capability: tuple[int, int], dtype: torch.dtype, D: int) -> Rule | None:
+    """None for a dtype that neither design takes."""
+    for candidate in RULES:
+        if (
+            (not candidate.majors or capability[0] in candidate.majors)
+            and dtype in candidate.dtypes
+            and (candidate.max_D is None or candidate.max_D >= D)
+        ):
+            return candidate
+    return None
+
+
+def preferred(img: Tensor) -> str:
+    """The design to try first for embeddings like `img` (B, D) on their own device.
+
+    Off CUDA (CPU tensors under Triton's interpreter) it is "triton".
+    """
+    if not img.is_cuda:
+        return "triton"
+    found = rule(torch.cuda.get_device_capability(img.device), img.dtype, img.shape[1])
+    return found.backend if found else "triton"
