@@ -19,7 +19,6 @@ class ModelConfig:
     pretrained: str | None = None  # path or hub id; None starts from random weights
     text_length: int = 64  # tokens; released towers have 64 positions
     text_pool: Pool = "last"  # "last" as released, "map" as the paper says (section 2.1)
-    vocab_size: int | None = None  # None: the tokenizer's
     init_temperature: float = 10.0  # exp(log_scale) at the start (SigLIP, section 3.2)
     init_bias: float = -10.0  # logit bias at the start (SigLIP, section 3.2)
     grad_checkpointing: bool = False  # recompute each block in the backward
@@ -69,7 +68,6 @@ class OptimConfig:
     lr: float = 1e-3  # peak
     beta1: float = 0.9  # not published
     beta2: float = 0.95  # SigLIP, section 4.7: 0.999 is unstable at large batches
-    eps: float = 1e-8  # not published
     weight_decay: float = 0.1  # torch's AdamW multiplies it by lr: the published 1e-4 at lr 1e-3
     grad_clip_norm: float = 1.0  # global norm
     warmup_examples: int = 655_360_000  # 20,000 steps of 32,768
@@ -83,11 +81,10 @@ class TrainConfig:
     output_dir: str = "runs/siglip2"
     examples: int = 40_000_000_000  # images seen in the whole run (SigLIP 2, section 2.1)
     batch_size: int = 256  # images a device and step
+    accum_steps: int = 1  # parts a batch is computed in, for memory; the loss sees it whole
     seed: int = 0
     precision: Precision = "bf16"  # of activations; weights and optimiser state stay float32
-    parallel: Literal["ddp", "fsdp2"] = "ddp"  # over the ranks that torchrun starts
     compile: bool = False  # torch.compile the encoders
-    threads: int | None = None  # CPU threads; None leaves torch's choice
     resume: str = "auto"  # "auto": continue output_dir if it holds a checkpoint; "never"; or a path
     overwrite: bool = False  # delete what output_dir holds
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -96,7 +93,16 @@ class TrainConfig:
     keep_checkpoints: int = 2
     eval_every_steps: int = 0  # 0: at the end only
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    check_shapes: bool = True  # ranks compare shapes before the first step
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistConfig:
+    """How the ranks that torchrun starts share the work."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # "fsdp" shards weights and optimiser state (FSDP2)
+    loss: Literal["gather", "ring"] = "gather"  # "ring": memory of the local batch, not the global
+    check_shapes: bool = True  # ranks compare shapes in the first step
+    timeout_s: int = 600  # a collective that takes longer ends the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,4 +122,5 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -26,6 +26,50 @@ class VisionInputs(NamedTuple):
     seqs: Sequences
 
 
+def batch_size(image: Images) -> int:
+    """How many images a batch of any dialect holds, without a look at the device.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(image, PackedImages):
+        return image.grid_hw.shape[0]
+    if isinstance(image, Tensor):
+        return image.shape[0]
+    return image[_keys(image)[0]].shape[0]
+
+
+def take_images(image: Images, first: int, last: int) -> Images:
+    """Images [first, last) of a batch, in its dialect. Views, and no wait for the device.
+
+    Raises ValueError for what is no dialect.
+    """
+    if isinstance(image, Tensor):
+        return image[first:last]
+    if not isinstance(image, PackedImages):
+        return {key: image[key][first:last] for key in _keys(image)}
+    lengths = [h * w for h, w in image.grid_hw.tolist()]
+    start, mine = sum(lengths[:first]), lengths[first:last]
+    return PackedImages(
+        image.patches[start : start + sum(mine)],
+        image.grid_hw[first:last],
+        image.cu_seqlens[first : last + 1] - image.cu_seqlens[first],
+        max(mine, default=0),
+    )
+
+
+def _keys(image: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The keys of the dialect a dictionary is in."""
+    if isinstance(image, Mapping):
+        for keys in (TIMM_KEYS, HF_KEYS):
+            if all(key in image for key in keys):
+                return keys
+    got = sorted(image) if isinstance(image, Mapping) else type(image).__name__
+    raise ValueError(
+        "need an image tensor (B, 3, H, W), PackedImages, or a dictionary with"
+        f" {TIMM_KEYS} or {HF_KEYS}; got {got}"
+    )
+
+
 def patchify(
     image: Tensor,  # (B, C, H, W)
     patch_size: int,
@@ -55,16 +99,10 @@ def vision_inputs(
         patches, grids = _from_tensor(image, config)
     elif isinstance(image, PackedImages):
         patches, grids = image.patches, tuple((h, w) for h, w in image.grid_hw.tolist())
-    elif isinstance(image, Mapping) and all(key in image for key in TIMM_KEYS):
-        patches, grids = _from_timm(*(image[key] for key in TIMM_KEYS))
-    elif isinstance(image, Mapping) and all(key in image for key in HF_KEYS):
-        patches, grids = _from_hf(*(image[key] for key in HF_KEYS))
     else:
-        got = sorted(image) if isinstance(image, Mapping) else type(image).__name__
-        raise ValueError(
-            "need an image tensor (B, 3, H, W), PackedImages, or a dictionary with"
-            f" {TIMM_KEYS} or {HF_KEYS}; got {got}"
-        )
+        keys = _keys(image)
+        from_padded = _from_timm if keys == TIMM_KEYS else _from_hf
+        patches, grids = from_padded(*(image[key] for key in keys))
     _check(patches, grids, config)
     patches = patches.to(device)
     # uint8 means x / 127.5 - 1, as the collator leaves it

@@ -52,7 +52,10 @@ def finetune() -> Config:
 
 
 def b16_256() -> Config:
-    """The published stage A for B/16 at 256 pixels; the paper's batch is 32k over all devices."""
+    """The published stage A for B/16 at 256 pixels; the paper's batch is 32k over all devices.
+
+    That is 64 devices of 512. On fewer, raise train.batch_size and train.accum_steps together.
+    """
     return Config(
         data=DataConfig(train="data/train-{00000..99999}.tar", resampled=True),
         train=TrainConfig(output_dir="runs/b16-256", batch_size=512, compile=True),

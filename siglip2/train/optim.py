@@ -29,6 +29,7 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups = parameter_groups(model, config.weight_decay)
     for group in groups:
         group["peak_lr"] = config.lr
+    # torch's eps, 1e-8: none is published
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
     )

@@ -4,17 +4,21 @@ Process group, DDP or FSDP2 around the task, and full weights back from either.
 """
 
 import os
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..models.siglip2 import Siglip2
 from .task import Siglip2Task
 
-Parallel = Literal["ddp", "fsdp2"]
+Strategy = Literal["ddp", "fsdp"]
 
 
 def world_size() -> int:
@@ -25,46 +29,83 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def init_distributed() -> torch.device:
-    """Join the process group if torchrun started this process; pick this rank's device."""
+def init_distributed(*, timeout_s: float) -> torch.device:
+    """Join the process group if torchrun started this process; pick this rank's device.
+
+    `timeout_s` is how long a collective may take.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Host tensors travel too: what ranks tell one another about folders and checkpoints.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return device
 
 
-def wrap(task: Siglip2Task, parallel: Parallel) -> nn.Module:
+def on_every_rank(value: Any) -> list[Any]:
+    """All ranks' `value`, in rank order; anything that pickles."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wrap(task: Siglip2Task, strategy: Strategy) -> nn.Module:
     """The task, averaging gradients over ranks; itself when there is one rank."""
     if world_size() == 1:
         return task
-    if parallel == "ddp":
-        devices = [task.model.device] if task.model.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(task, device_ids=devices)
-    return _fsdp2(task)
+    if strategy == "ddp":
+        # Without device_ids: DDP would move a batch's host sizes to the device as well.
+        return nn.parallel.DistributedDataParallel(task)
+    return _fsdp(task)
 
 
-def _fsdp2(task: Siglip2Task) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
+def _fsdp(task: Siglip2Task) -> nn.Module:
+    """Blocks and towers sharded, each tower a root of its own.
 
+    Weights are touched in a tower's forward only, so `encode_image`, `encode_text` and
+    `forward_vision` work whoever calls them, in the task's forward or out of it.
+    """
     model = task.model
-    # FSDP2 cannot shard 0-D parameters: the two scalars stay whole and average their gradients
-    # here.
-    scalars = {model.log_scale, model.bias}
-    for scalar in scalars:
-        scalar.register_post_accumulate_grad_hook(_average)
     for tower in (model.vision, model.text):
         for block in tower.encoder.blocks:
             fully_shard(block)
-    fully_shard(task, ignored_params=scalars)
+        fully_shard(tower)
+    # FSDP2 cannot shard 0-D parameters: the two scalars stay whole and average their gradients
+    # here.
+    for scalar in (model.log_scale, model.bias):
+        scalar.register_post_accumulate_grad_hook(_average)
     return task
 
 
 def _average(parameter: nn.Parameter) -> None:
-    dist.all_reduce(parameter.grad)
-    parameter.grad /= dist.get_world_size()
+    # Awaited with the backward's end: this runs first in it, and a wait here would expose the
+    # texts' reduce-scatter that is under way.
+    work = dist.all_reduce(parameter.grad, async_op=True)
+
+    def finish() -> None:
+        work.wait()
+        parameter.grad /= dist.get_world_size()
+
+    torch.autograd.Variable._execution_engine.queue_callback(finish)
+
+
+@contextmanager
+def gradient_sync(task: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether gradients of a forward and backward inside cross ranks, or wait for a later one."""
+    if isinstance(task, nn.parallel.DistributedDataParallel) and not enabled:
+        with task.no_sync():
+            yield
+        return
+    for module in task.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(enabled, recurse=False)
+            module.set_is_last_backward(enabled)
+    yield
 
 
 def unwrapped(task: nn.Module) -> Siglip2Task:

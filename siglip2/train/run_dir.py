@@ -5,6 +5,7 @@ What it holds, whether it may be continued, and files that are never half writte
 
 import dataclasses
 import json
+import logging
 import os
 import platform
 import shutil
@@ -20,6 +21,8 @@ from ..errors import ConfigError
 from ..files import write_atomic
 from .checkpoint import checkpoints
 
+log = logging.getLogger("siglip2")
+
 # A resumed run may change these: they do not alter what is computed.
 FREE_TO_CHANGE = [
     "train.output_dir",
@@ -30,10 +33,12 @@ FREE_TO_CHANGE = [
     "train.keep_checkpoints",
     "train.eval_every_steps",
     "train.report_to",
-    "train.threads",
-    "train.parallel",
+    "train.accum_steps",
     "train.on_nonfinite",
-    "train.check_shapes",
+    "dist.strategy",
+    "dist.loss",
+    "dist.check_shapes",
+    "dist.timeout_s",
     "data.val",
     "data.cache_images",
 ]
@@ -58,10 +63,12 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def open_run(config: Config) -> Path | None:
+def open_run(config: Config, *, ranks: int = 1) -> Path | None:
     """Make the run's folder ready; return the checkpoint to continue from, if any.
 
-    Raises ConfigError when the folder holds something else, or a run with other settings.
+    It continues on another number of `ranks` too; a batch size that keeps the global batch is then
+    no other setting. Raises ConfigError when the folder holds something else, or a run with other
+    settings.
     """
     folder = Path(config.train.output_dir)
     if config.train.overwrite and folder.exists():
@@ -79,7 +86,7 @@ def open_run(config: Config) -> Path | None:
             " train.overwrite=true to delete it, or another train.output_dir"
         )
     if (folder / "config.yaml").exists():
-        _check_same(folder / "config.yaml", config)
+        _check_same(folder, config, ranks)
     elif any(p.name != "log.txt" for p in folder.iterdir()):
         raise ConfigError(
             f"train.output_dir {folder} is not empty and holds no run: choose another folder"
@@ -87,11 +94,30 @@ def open_run(config: Config) -> Path | None:
     return found[-1] if found else None
 
 
-def record(config: Config) -> None:
+def record(config: Config, *, ranks: int = 1) -> None:
     """Write config.yaml (re-runnable) and env.json."""
     folder = Path(config.train.output_dir)
     write_atomic(folder / "config.yaml", to_yaml(config))
-    write_atomic(folder / "env.json", json.dumps(environment(), indent=1))
+    write_atomic(folder / "env.json", json.dumps({**environment(), "ranks": ranks}, indent=1))
+
+
+def check_one_config(texts: list[str]) -> None:
+    """Raises ConfigError, on every rank alike, when ranks were started with other settings.
+
+    `texts` are all ranks' configurations as YAML, in rank order.
+    """
+    import yaml
+
+    first, *others = (flatten(yaml.safe_load(text)) for text in texts)
+    for rank, other in enumerate(others, 1):
+        found = [
+            f"{key}: {first[key]!r} and {other[key]!r}" for key in first if first[key] != other[key]
+        ]
+        if found:
+            raise ConfigError(
+                f"need one configuration on all ranks; ranks 0 and {rank} differ in"
+                f" {'; '.join(found[:5])}. Start every node with the same command"
+            )
 
 
 def environment() -> dict[str, Any]:
@@ -120,21 +146,35 @@ def _explicit(path: Path) -> Path:
     return found[-1]
 
 
-def _check_same(path: Path, config: Config) -> None:
+def _check_same(folder: Path, config: Config, ranks: int) -> None:
     import yaml
 
-    old = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    old = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     new = flatten(yaml.safe_load(to_yaml(config)))
+    env = folder / "env.json"
+    old_ranks = json.loads(env.read_text()).get("ranks", 1) if env.exists() else 1
+    old_batch, new_batch = (
+        flat.get("train.batch_size", 0) * n for flat, n in ((old, old_ranks), (new, ranks))
+    )
+    if old_batch == new_batch:
+        old["train.batch_size"] = new["train.batch_size"]
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted({*old, *new})
+        for key in sorted(new)
         if old.get(key) != new.get(key)
         and key not in FREE_TO_CHANGE
         and not key.startswith("eval.")
     ]
     if changed:
         raise ConfigError(
-            f"{path.parent} holds a run with other settings ({'; '.join(changed[:5])}):"
+            f"{folder} holds a run with other settings ({'; '.join(changed[:5])}):"
             " use the same to continue it, train.overwrite=true to start again,"
             " or another train.output_dir"
+        )
+    if old_batch != new_batch:
+        log.warning(
+            "%s had a global batch of %d on %d ranks and goes on with %d on %d;"
+            " train.batch_size=%d keeps it",
+            folder,
+            *(old_batch, old_ranks, new_batch, ranks, max(old_batch // ranks, 1)),
         )

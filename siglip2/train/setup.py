@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from ..config import Config, DataConfig
+from ..config import Config, DataConfig, DistConfig
 from ..errors import ConfigError
+from ..losses import SigLipLoss
 from ..models.factory import create_model
 from ..models.presets import architecture
 from ..models.siglip2 import Siglip2
 from ..recipe.schedules import warmup_cosine
+from .task import Siglip2Task
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,7 +45,7 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> Siglip
     return create_model(
         model.name,
         pretrained=model.pretrained,
-        vocab_size=None if model.pretrained else model.vocab_size or vocab_size,
+        vocab_size=None if model.pretrained else vocab_size,
         text_length=model.text_length,
         text_pool=model.text_pool,
         init_temperature=model.init_temperature,
@@ -51,6 +53,13 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> Siglip
         dtype=DTYPES[config.train.precision],
         device=device,
     )
+
+
+def build_task(model: Siglip2, dist: DistConfig) -> Siglip2Task:
+    """The model under its objectives; embeddings travel unnormalised, in the towers' dtype."""
+    loss = SigLipLoss(dist_impl=dist.loss, normalize=True, check_shapes=dist.check_shapes)
+    loss.arrival_timeout_s = dist.timeout_s
+    return Siglip2Task(model, loss=loss)
 
 
 def build_transform(model: Siglip2, data: DataConfig) -> Any:
@@ -79,6 +88,7 @@ def check(config: Config) -> None:
     faults = []
     for name, value in (
         ("train.batch_size", train.batch_size),
+        ("train.accum_steps", train.accum_steps),
         ("train.examples", train.examples),
         ("train.log_every_steps", train.log_every_steps),
         ("train.checkpoint_every_steps", train.checkpoint_every_steps),
@@ -86,6 +96,7 @@ def check(config: Config) -> None:
         ("data.captions_per_image", data.captions_per_image),
         ("model.init_temperature", config.model.init_temperature),
         ("optim.lr", config.optim.lr),
+        ("dist.timeout_s", config.dist.timeout_s),
     ):
         if value <= 0:
             faults.append(f"{name}: need more than 0; got {value}")
@@ -97,6 +108,11 @@ def check(config: Config) -> None:
     ):
         if value < 0:
             faults.append(f"{name}: need 0 or more; got {value}")
+    if train.accum_steps > max(train.batch_size, 1):
+        faults.append(
+            f"train.accum_steps: need at most train.batch_size={train.batch_size};"
+            f" got {train.accum_steps}"
+        )
     try:
         architecture(config.model.name)
     except ValueError as error:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import NonFiniteLossError
+from .accumulate import accumulate
 
 
 class TrainStep:
@@ -25,6 +26,9 @@ class TrainStep:
             wait).
         schedule: share of the peak learning rate as a function of examples seen.
         grad_clip_norm: global norm; 0 turns clipping off.
+        accum_steps: parts each batch is computed in: the activations of one part, the loss over
+            all pairs of the batch (see `siglip2.train.accumulate`). `task` is a `Siglip2Task`
+            then.
         on_nonfinite: "raise" NonFiniteLossError, or "skip" the step and count it in `num_skipped`.
         debug_dir: where the batch of a non-finite step is saved.
     """
@@ -36,6 +40,7 @@ class TrainStep:
         *,
         schedule: Callable[[float], float] = lambda examples: 1.0,
         grad_clip_norm: float = 1.0,
+        accum_steps: int = 1,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         debug_dir: str | os.PathLike | None = None,
     ):
@@ -43,6 +48,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.schedule = schedule
         self.grad_clip_norm = grad_clip_norm
+        self.accum_steps = accum_steps
         self.on_nonfinite = on_nonfinite
         self.debug_dir = None if debug_dir is None else Path(debug_dir)
         self.num_steps = 0
@@ -57,8 +63,7 @@ class TrainStep:
         `examples` is how many were seen before it, which sets the learning rate.
         """
         lr = self._set_lr(examples)
-        losses, report = self.task(batch)
-        losses["loss"].backward()
+        losses, report = self._backward(batch)
         norm = self._grad_norm()
         bad = ~torch.isfinite(norm) | ~torch.isfinite(losses["loss"].detach())
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -89,6 +94,13 @@ class TrainStep:
             return
         self.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteLossError(_explain(step, values, self._save(step, batch)))
+
+    def _backward(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if self.accum_steps > 1:
+            return accumulate(self.task, batch, self.accum_steps)
+        losses, report = self.task(batch)
+        losses["loss"].backward()
+        return losses, report
 
     def _set_lr(self, examples: float) -> float:
         share = self.schedule(examples)

@@ -12,19 +12,28 @@ import torch
 import torch.distributed as dist
 
 from ..config import Config
-from ..data.loader import TrainLoader
+from ..data.loader import TrainLoader, merge_states
 from ..data.sources import open_source
 from ..distributed import check_same
+from ..errors import ConfigError
 from . import checkpoint, setup
 from .checkpoint import Progress
 from .finish import evaluate_run, finish
+from .lost_ranks import lost_ranks_in_one_line
 from .metrics import JsonLines, Reporter, console_line
 from .metrics import Progress as Bar
 from .optim import adamw
-from .parallel import init_distributed, rank, unwrapped, whole_model, world_size, wrap
-from .run_dir import flatten, open_run, record
+from .parallel import (
+    init_distributed,
+    on_every_rank,
+    rank,
+    unwrapped,
+    whole_model,
+    world_size,
+    wrap,
+)
+from .run_dir import check_one_config, flatten, open_run, record, to_yaml
 from .step import TrainStep
-from .task import Siglip2Task
 
 
 class Run:
@@ -36,9 +45,8 @@ class Run:
     def __init__(self, config: Config):
         setup.check(config)
         self.config = config
-        self.device = init_distributed()
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
+        self.device = init_distributed(timeout_s=config.dist.timeout_s)
+        check_one_config(on_every_rank(to_yaml(config)))
         torch.manual_seed(config.train.seed)
         self.dir = Path(config.train.output_dir)
         resume_from = self._open()
@@ -48,6 +56,8 @@ class Run:
         model = setup.build_model(config, self.tokenizer.vocab_size, self.device)
         model.set_grad_checkpointing(config.model.grad_checkpointing)
         if config.train.compile:
+            # DDP's graph splitter breaks with recomputed blocks and with lengths that vary.
+            torch._dynamo.config.optimize_ddp = False
             model.vision.encoder.compile()
             model.text.encoder.compile()
         self.transform = setup.build_transform(model, config.data)
@@ -66,12 +76,13 @@ class Run:
             keep_groups=config.data.keep_groups,
             random_shift=config.data.random_shift,
         )
-        self.task = wrap(Siglip2Task(model), config.train.parallel)
+        self.task = wrap(setup.build_task(model, config.dist), config.dist.strategy)
         self.step = TrainStep(
             self.task,
             adamw(self.task, config.optim),
             schedule=setup.build_schedule(config),
             grad_clip_norm=config.optim.grad_clip_norm,
+            accum_steps=config.train.accum_steps,
             on_nonfinite=config.train.on_nonfinite,
             debug_dir=self.dir / "debug",
         )
@@ -87,11 +98,12 @@ class Run:
 
     def save(self) -> None:
         self.step.check()
+        loader = merge_states(on_every_rank(self.progress.loader))
         checkpoint.save(
             self.dir / "checkpoints",
             unwrapped(self.task),
             self.step.optimizer,
-            self.progress,
+            self.progress._replace(loader=loader),
             keep=self.config.train.keep_checkpoints,
         )
 
@@ -100,8 +112,8 @@ class Run:
         outcome: list[Any] = [None]
         if rank() == 0:
             try:
-                outcome = [open_run(self.config)]
-                record(self.config)
+                outcome = [open_run(self.config, ranks=world_size())]
+                record(self.config, ranks=world_size())
             except Exception as error:
                 outcome = [error]
         if world_size() > 1:
@@ -114,6 +126,9 @@ class Run:
         self.progress = checkpoint.load(path, unwrapped(self.task), self.step.optimizer)
         self.step.num_steps = self.progress.step
         self.loader.load_state_dict(self.progress.loader)
+        # From the examples left: the steps so far may have had another global batch.
+        left = self.config.train.examples - self.progress.examples
+        self.num_steps = self.progress.step + max(math.ceil(left / self.examples_a_step), 0)
 
 
 def train(config: Config) -> Path:
@@ -122,8 +137,8 @@ def train(config: Config) -> Path:
     Start it under torchrun for several devices.  A run that was stopped goes on where its last
     checkpoint was.
     """
-    run = Run(config)
-    try:
+    with lost_ranks_in_one_line():
+        run = Run(config)
         if rank() == 0:
             _banner(run)
         loop(run)
@@ -133,8 +148,6 @@ def train(config: Config) -> Path:
             finish(run, model)
         if dist.is_initialized():
             dist.barrier()
-    finally:
-        if dist.is_initialized():
             dist.destroy_process_group()
     return run.dir
 
@@ -154,9 +167,8 @@ def loop(run: Run) -> None:
         while run.progress.step < run.num_steps:
             with clock.waiting_for_data():
                 batch = next(batches)
-            if train_config.check_shapes and world_size() > 1 and clock.num_steps == 0:
-                text = batch["text"]
-                check_same("text (L,)", tuple(text.shape[1:]), text.dtype, run.device)
+            if clock.num_steps == 0:
+                _check_texts(run, batch["text"])
             metrics = run.step(batch, examples=run.progress.examples)
             done = run.progress.step + 1
             run.progress = Progress(
@@ -188,6 +200,15 @@ def loop(run: Run) -> None:
         reporter.close()
         if writer:
             writer.close()
+
+
+def _check_texts(run: Run, text: torch.Tensor) -> None:
+    """Raises ConfigError on every rank when their texts differ in length or dtype."""
+    if run.config.dist.check_shapes and world_size() > 1:
+        try:
+            check_same("text (L,)", tuple(text.shape[1:]), text.dtype, run.device)
+        except ValueError as error:
+            raise ConfigError(f"{error}. Their data or tokenizers differ") from None
 
 
 class _Clock:

@@ -41,8 +41,8 @@ def make_batch(number, first, last):
     return {"image": image[first:last], "text": text[first:last]}
 
 
-def train_share(rank, world, parallel, sizes):
-    task = wrap(make_task(), parallel)
+def train_share(rank, world, strategy, sizes):
+    task = wrap(make_task(), strategy)
     # Plain gradient descent: Adam would turn rounding of a zero gradient into a full step.
     step = TrainStep(task, torch.optim.SGD(task.parameters(), lr=0.1))
     first, last = sum(sizes[:rank]), sum(sizes[: rank + 1])
@@ -54,13 +54,65 @@ def train_share(rank, world, parallel, sizes):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("sizes", [(4, 4), (5, 3)], ids=["equal", "uneven"])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_two_ranks_train_like_one(parallel, sizes):
-    losses, state = train_share(0, 1, parallel, (8,))
-    (one, found), (two, _) = run(2, train_share, parallel, sizes)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_like_one(strategy, sizes):
+    losses, state = train_share(0, 1, strategy, (8,))
+    (one, found), (two, _) = run(2, train_share, strategy, sizes)
     torch.testing.assert_close((one + two) / 2, losses)
     for name in NAMES:
         torch.testing.assert_close(found[name], state[name])
+
+
+def towers_outside_the_task(rank, world):
+    """Embeddings that the sharded towers give before the first step, and after it."""
+    task = wrap(make_task(), "fsdp")
+    model, batch = task.model, make_batch(0, 0, 8)
+    step = TrainStep(task, torch.optim.SGD(task.parameters(), lr=0.1))
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            images = model.encode_image(batch["image"], normalize=True)
+            texts = model.encode_text(batch["text"], normalize=True)
+        scale = task.report()["logit_scale"]
+        found.append((images, texts, model.forward_vision(batch["image"]).tokens.detach(), scale))
+        step(make_batch(0, 4 * rank, 4 * rank + 4))
+    return found
+
+
+@pytest.mark.dist
+def test_sharded_towers_embed_outside_the_tasks_forward():
+    task, batch = make_task(), make_batch(0, 0, 8)
+    step = TrainStep(task, torch.optim.SGD(task.parameters(), lr=0.1))
+    found = run(2, towers_outside_the_task)
+    for number in range(2):
+        model = task.model
+        expected = (
+            model.encode_image(batch["image"], normalize=True),
+            model.encode_text(batch["text"], normalize=True),
+            model.forward_vision(batch["image"]).tokens,
+            model.log_scale.exp(),
+        )
+        for share in found:
+            for actual, wanted in zip(share[number], expected, strict=True):
+                torch.testing.assert_close(actual, wanted.detach())
+        step(batch)
+
+
+def scalars_share(rank, world):
+    task = wrap(make_task(), "fsdp")
+    for _ in range(2):  # as two small batches whose gradients add up
+        task(make_batch(0, 4 * rank, 4 * rank + 4))[0]["loss"].backward()
+    return task.model.log_scale.grad, task.model.bias.grad
+
+
+@pytest.mark.dist
+def test_temperature_and_bias_average_their_gradients_and_keep_no_dimension():
+    task = make_task()
+    task(make_batch(0, 0, 8))[0]["loss"].backward()
+    expected = [2 * p.grad for p in (task.model.log_scale, task.model.bias)]
+    for share in run(2, scalars_share):
+        for actual, wanted in zip(share, expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
 
 
 def poisoned_share(rank, world):
@@ -79,8 +131,8 @@ def test_all_ranks_skip_what_one_rank_met():
     assert run(2, poisoned_share) == [(1, True), (1, True)]
 
 
-def save_share(rank, world, parallel, folder):
-    task = wrap(make_task(), parallel)
+def save_share(rank, world, strategy, folder):
+    task = wrap(make_task(), strategy)
     optimizer = adamw(task, OptimConfig(lr=1e-3))
     step = TrainStep(task, optimizer)
     step(make_batch(0, 4 * rank, 4 * rank + 4))
@@ -89,9 +141,9 @@ def save_share(rank, world, parallel, folder):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path, parallel):
-    losses = run(2, save_share, parallel, str(tmp_path))
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path, strategy):
+    losses = run(2, save_share, strategy, str(tmp_path))
     task = make_task()
     for p in task.parameters():
         p.data.zero_()

@@ -40,7 +40,6 @@ def make_config(folder, cache, *, steps=8, val=None, **changes) -> Config:
         "precision": "fp32",
         "log_every_steps": 1,
         "checkpoint_every_steps": 2,
-        "threads": 1,
     }
     return Config(
         model=ModelConfig(name="siglip2-tiny-patch8-32", text_length=8, init_bias=-4.0),
