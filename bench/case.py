@@ -26,7 +26,8 @@ class Rival:
     """One implementation. `build` imports and compiles: nothing is loaded before it is asked for.
 
     `build` and the function it returns may raise NotImplementedError: the rival is then skipped
-    with that reason.
+    with that reason.  `min_bytes` is a lower bound of the memory it takes beyond the inputs; where
+    the device has less, it is skipped before it runs.
     """
 
     build: Callable[[], Callable[..., Tensor]]
@@ -34,6 +35,8 @@ class Rival:
     pip: str | None = None  # what to install for it
     needs_cuda: bool = False
     is_ours: bool = False
+    reference: Callable[..., Tensor] | None = None  # where it computes other than the case's
+    min_bytes: Callable[..., float] | None = None  # (mode, **shape, dtype) -> bytes
 
     def unsupported(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
@@ -42,6 +45,18 @@ class Rival:
         if self.needs_cuda and device != "cuda":
             return "needs a CUDA device"
         return None
+
+    def too_large(
+        self, mode: Mode, shape: Shape, dtype: torch.dtype, available_bytes: int
+    ) -> str | None:
+        """Why the device's memory cannot hold it at this shape, or None."""
+        if self.min_bytes is None:
+            return None
+        needed = self.min_bytes(mode, **shape, dtype=dtype)
+        if needed <= available_bytes:
+            return None
+        need_gib, have_gib = needed / 2**30, available_bytes / 2**30
+        return f"needs {need_gib:,.0f} GiB or more; the device has {have_gib:,.0f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +72,20 @@ class Case:
     rivals: Mapping[str, Rival]  # the first is the baseline of speed-ups and of the error bound
     cost: Callable[..., Mapping[str, Cost]]  # (**shape, dtype) -> mode -> Cost
     dtypes: Sequence[torch.dtype] = field(default=(torch.bfloat16,))  # measured on a GPU
+    # Label -> arguments of `make` at which rivals are checked; the labels head columns of errors.
+    regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
 
     @property
     def baseline(self) -> str:
         return next(iter(self.rivals))
 
 
-def make_inputs(case: Case, shape: Shape, *, dtype: torch.dtype, device: str) -> list[Any]:
+def make_inputs(
+    case: Case, shape: Shape, *, dtype: torch.dtype, device: str, **regime: Any
+) -> list[Any]:
     """The case's inputs from a fixed seed."""
     generator = torch.Generator(device=device).manual_seed(0)
-    return list(case.make(**shape, dtype=dtype, device=device, generator=generator))
+    return list(case.make(**shape, dtype=dtype, device=device, generator=generator, **regime))
 
 
 def differentiable(inputs: Sequence[Any]) -> list[Tensor]:

@@ -97,6 +97,13 @@ def peak_of(name: str) -> Peak | None:
     return next((peak for pattern, peak in PEAKS if re.search(pattern, name)), None)
 
 
+def memory_bytes(device: str) -> int:
+    """What the device has in all, used or not."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @cache
 def git_commit() -> str:
     """Short commit of the checkout, with '+' when files differ from it; '' outside a checkout."""

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--modes", type=_names, help=f"of {','.join(MODES)} (default: forward,full)")
     p.add_argument("--metric", type=_names, help=f"of {','.join(METRICS)} (default: both)")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    p.add_argument("--reps", type=int, help="calls timed for each rival (default: 10 to 100)")
+    p.add_argument("--reps", type=int, help="calls timed for each rival (default: 5 to 100)")
     p.add_argument(
         "--out", type=Path, metavar="DIR", help="where results go (default: bench/results)"
     )

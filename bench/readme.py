@@ -9,6 +9,7 @@ from .result import Result, Row, read_results
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 EMPTY = "Not measured on a GPU yet: `make gpu` on a machine with one fills this table."
+NOT_MEASURED = "not measured"
 MODE = "full"
 
 
@@ -61,7 +62,7 @@ def _op_block(result: Result) -> list[str]:
 
 
 def _table(result: Result, rows: list[Row], dtype: str) -> list[str]:
-    """Sizes down, rivals across: milliseconds and MiB. Rivals that never ran are named below."""
+    """Sizes down, rivals across. Rivals that never ran are named below, accuracy in a table."""
     measured = [row for row in rows if row.time_ms is not None]
     if not measured:
         return []
@@ -69,14 +70,18 @@ def _table(result: Result, rows: list[Row], dtype: str) -> list[str]:
     shapes = list(dict.fromkeys(tuple(row.shape.items()) for row in rows))
     cells = {(tuple(row.shape.items()), row.provider): _cell(row) for row in rows}
     lines = [
-        [" ".join(f"{k}={v}" for k, v in shape), *(cells.get((shape, n), "") for n in names)]
+        [
+            " ".join(f"{k}={v}" for k, v in shape),
+            *(cells.get((shape, n), NOT_MEASURED) for n in names),
+        ]
         for shape in sorted(shapes)
     ]
     commits = ", ".join(sorted({row.commit for row in measured if row.commit})) or "not recorded"
     machine = result.machine
     caption = (
         f"`{result.op}`, forward and backward, {dtype}, {machine.name}: median ms / peak MiB beyond"
-        f" the inputs (torch {machine.torch}, triton {machine.triton}, driver {machine.driver},"
+        " the inputs / share of the rate of one large matrix product, timed in turn with the rivals"
+        f" (torch {machine.torch}, triton {machine.triton}, driver {machine.driver},"
         f" commit {commits})."
     )
     absent = {
@@ -84,7 +89,23 @@ def _table(result: Result, rows: list[Row], dtype: str) -> list[str]:
     }
     notes = [f"Not in the table: {'; '.join(f'{n} ({why})' for n, why in absent.items())}."]
     table = "\n".join(markdown_table([result.x_label, *names], lines))
-    return [caption, table, *_speedups(result, measured), *(notes if absent else [])]
+    speedups = _speedups(result, measured)
+    return [caption, table, *speedups, *(notes if absent else []), *_errors(result, rows)]
+
+
+def _errors(result: Result, rows: list[Row]) -> list[str]:
+    """Rivals down, regimes across: gradient errors against float64."""
+    by_rival = {row.provider: row.grad_errors for row in rows if row.grad_errors}
+    labels = list(dict.fromkeys(label for errors in by_rival.values() for label in errors))
+    if not labels:
+        return []
+    lines = [
+        [name, *(f"{e[label]:.1e}" if label in e else NOT_MEASURED for label in labels)]
+        for name, e in by_rival.items()
+    ]
+    shape = " ".join(f"{name}={size}" for name, size in result.check_shape.items())
+    caption = f"Relative L2 error of the gradients against float64, {rows[0].dtype}, {shape}:"
+    return [caption, "\n".join(markdown_table(["rival", *labels], lines))]
 
 
 def _speedups(result: Result, measured: list[Row]) -> list[str]:
@@ -108,4 +129,5 @@ def _cell(row: Row) -> str:
     if row.time_ms is None:
         return f"{row.status} ({row.detail})" if row.status == "wrong" else row.status
     memory = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
-    return f"{row.time_ms.p50:.3f} / {memory}"
+    share = "-" if row.gemm_share is None else f"{row.gemm_share:.0%}"
+    return f"{row.time_ms.p50:.3f} / {memory} / {share}"

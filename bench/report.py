@@ -7,12 +7,13 @@ from typing import Any
 
 from .result import Result, Row, csv_rows
 
-HEADER = (
+COLUMNS = (
     "shape",
     "rival",
     "ms",
     "p20-p80",
     "TFLOP/s",
+    "of GEMM",
     "GB/s",
     "roofline",
     "peak MiB",
@@ -31,9 +32,11 @@ _KEY = (
 )
 
 
-def table_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells of each row; a rival without times says why in place of them."""
-    return [[_shape(row), row.provider, *_cells(row)] for row in rows]
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header, and cells of each row; a rival without times says why in place of them."""
+    regimes = list(dict.fromkeys(label for row in rows for label in row.grad_errors))
+    header = [*COLUMNS, *(f"grad error, {label}" for label in regimes)]
+    return header, [[_shape(row), row.provider, *_cells(row, regimes)] for row in rows]
 
 
 def console(result: Result) -> str:
@@ -44,8 +47,9 @@ def console(result: Result) -> str:
             "CPU: these times show that the harness runs; they say nothing about GPU kernels."
         )
     for (mode, dtype), rows in _grouped(result.rows):
-        lines = _aligned([list(HEADER), *table_lines(rows)])
-        means = "\n".join(f"  {line}" for line in mean_speedups(result, rows))
+        header, cells = table(rows)
+        lines = _aligned([header, *cells])
+        means = "\n".join(f"  {line}" for line in [*_ceiling(rows), *mean_speedups(result, rows)])
         blocks.append("\n".join([f"{mode}, {dtype}", *lines]) + (f"\n{means}" if means else ""))
     return "\n\n".join(blocks)
 
@@ -55,9 +59,16 @@ def markdown(result: Result) -> str:
     blocks = [f"## {result.op}", f"{result.machine.describe()}, {_commits(result.rows)}."]
     for (mode, dtype), rows in _grouped(result.rows):
         blocks.append(f"{mode}, {dtype}:")
-        blocks.append("\n".join(markdown_table(HEADER, table_lines(rows))))
-        blocks += mean_speedups(result, rows)
+        blocks.append("\n".join(markdown_table(*table(rows))))
+        blocks += [*_ceiling(rows), *mean_speedups(result, rows)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _ceiling(rows: Sequence[Row]) -> list[str]:
+    rates = [row.gemm_tflops for row in rows if row.gemm_tflops is not None]
+    if not rates:
+        return []
+    return [f"GEMM, one large matrix product in turn: {min(rates):.3g}-{max(rates):.3g} TFLOP/s"]
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -104,7 +115,7 @@ def compare(results: Iterable[Result], saved: Sequence[dict[str, str]], source: 
         old, new = float(earlier["y_value_50"]), float(line["y_value_50"])
         lines.append(
             [str(line[k]) for k in _KEY[:4]]
-            + [f"{line['x_name']}={line['x_value']}", f"{old:.3f}", f"{new:.3f}"]
+            + [f"{line['x_name']}={line['x_value']}", _figure(old), _figure(new)]
             + [f"{new / old:.3f}" if old else "-"]
         )
     others = sum(line["gpu_name"] not in machines for line in saved)
@@ -112,7 +123,12 @@ def compare(results: Iterable[Result], saved: Sequence[dict[str, str]], source: 
     note = f"\n{others} {were.format(source)} measured on another machine." if others else ""
     if len(lines) == 1:
         return f"Nothing in {source} matches what was measured here.{note}"
-    return "\n".join([f"Compared with {source} (medians, ms or MB):", *_aligned(lines)]) + note
+    title = f"Compared with {source} (medians in ms or MB, errors relative):"
+    return "\n".join([title, *_aligned(lines)]) + note
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.05 or value == 0 else f"{value:.2e}"
 
 
 def _csv_key(line: dict[str, Any]) -> tuple[str, ...]:
@@ -126,21 +142,23 @@ def _grouped(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, str], list[Row]]]
         yield group, list(members)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, regimes: Sequence[str]) -> list[str]:
     if row.time_ms is None:
         reason = f"{row.status} ({row.detail})" if row.status == "wrong" else row.status
         detail = f": {row.detail}" if row.detail and row.status != "wrong" else ""
-        return [reason + detail, *[""] * (len(HEADER) - 3)]
+        return [reason + detail, *[""] * (len(COLUMNS) - 3 + len(regimes))]
     q = row.time_ms
     return [
         f"{q.p50:.3f}",
         f"{q.p20:.3f}-{q.p80:.3f}",
         _number(row.tflops, ".1f"),
+        _number(row.gemm_share, ".0%"),
         _number(row.gbytes_per_s, ".0f"),
         _number(row.roofline, ".0%"),
         _number(row.peak_mib, ".0f"),
         _number(row.speedup, ".2f", "x"),
         _number(row.error, ".2f"),
+        *(_number(row.grad_errors.get(label), ".2e") for label in regimes),
     ]
 
 

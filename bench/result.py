@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,11 +46,14 @@ class Row:
     status: Status
     detail: str = ""  # why it was not measured
     error: float | None = None  # in units of bench/check.py
+    grad_errors: dict[str, float] = field(default_factory=dict)  # regime -> relative L2
     time_ms: Quantiles | None = None
     peak_mib: float | None = None  # beyond the inputs
     tflops: float | None = None
     gbytes_per_s: float | None = None
-    roofline: float | None = None  # share of the best the device could do
+    gemm_tflops: float | None = None  # of one large matrix product, timed in turn with this
+    gemm_share: float | None = None  # tflops / gemm_tflops
+    roofline: float | None = None  # share of what the datasheet's rates would allow
     speedup: float | None = None  # baseline's median / this median
     commit: str = ""
     timestamp: str = ""
@@ -69,6 +72,7 @@ class Result:
     x_label: str
     baseline: str
     machine: Machine
+    check_shape: dict[str, int] = field(default_factory=dict)  # where errors were measured
     ours: list[str] = field(default_factory=list)  # providers that are this project
     rows: list[Row] = field(default_factory=list)
 
@@ -104,7 +108,7 @@ def csv_rows(result: Result, metrics: Sequence[str] = ("speed", "memory")) -> li
             lines.append(_csv_row(result, row, "speed", "ms", (q.p50, q.p20, q.p80)))
         if "memory" in metrics and row.peak_mib is not None:
             lines.append(_csv_row(result, row, "memory", "MB", (row.peak_mib,) * 3))
-    return lines
+    return lines + _error_rows(result)
 
 
 def write_csv(path: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -124,6 +128,22 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
             raise DataError(f"need a CSV written by --save; {path} has other columns")
         return list(reader)
+
+
+def _error_rows(result: Result) -> list[dict[str, Any]]:
+    """A line for each rival, dtype and regime: errors belong to the check, not to a timed shape."""
+    checked = {(row.provider, row.dtype): row for row in result.rows if row.grad_errors}
+    return [
+        _csv_row(
+            result,
+            replace(row, mode="full", shape=result.check_shape),
+            f"gradient error, {regime}",
+            "relative L2",
+            (error,) * 3,
+        )
+        for row in checked.values()
+        for regime, error in row.grad_errors.items()
+    ]
 
 
 def _csv_row(

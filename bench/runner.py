@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ceiling
 from .case import Case, Mode, Shape, differentiable, make_inputs, upstream
-from .check import MAX_ERROR, Checker
-from .machine import Machine, git_commit, peak_of
+from .check import MAX_ERROR, Accuracy, Checker
+from .machine import Machine, git_commit, memory_bytes, peak_of
 from .result import Result, Row
 from .timing import Call, Prepare, Samples, quantiles, time_rivals
 
@@ -22,9 +23,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Fn = Callable[..., Tensor]
 
 
+Fields = dict[str, Any]  # of a Row
+
+
 class Verdicts(NamedTuple):
-    errors: dict[str, float]  # rivals that may be timed -> error, in units of bench/check.py
-    refused: dict[str, dict[str, Any]]  # the others -> status and detail of their rows
+    accuracy: dict[str, Accuracy]  # rivals that may be timed
+    refused: dict[str, Fields]  # the others -> status and detail of their rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class Request:
     modes: Sequence[Mode]
     providers: Sequence[str] | None = None  # None: all
     metrics: Sequence[str] = ("speed", "memory")
-    reps: int | None = None  # None: as many as fit a second, 10 to 100
+    reps: int | None = None  # None: as many as fit a second, 5 to 100
     say: Callable[[str], None] = field(default=lambda text: None)
 
 
@@ -49,23 +53,22 @@ def run_case(request: Request, verdicts: Verdicts | None = None) -> Result:
     Args:
         verdicts: `check_rivals` of the same case, dtype and providers, where it ran before.
     """
-    errors, refused = verdicts or check_rivals(request)
-    order = [*request.case.rivals]
+    verdicts = verdicts or check_rivals(request)
+    case = request.case
+    order = [*case.rivals]
     rows: list[Row] = []
     for shape in request.shapes:
-        prepares = _prepares(request, shape, [*errors])
+        fns = _fresh(request, [*verdicts.accuracy])
         for mode in request.modes:
-            samples = _time(request, shape, mode, {n: p(mode) for n, p in prepares.items()})
-            new = [_row(request, shape, mode, n, errors[n], s) for n, s in samples.items()]
-            new += [_template(request, shape, mode, name, **why) for name, why in refused.items()]
+            new = _measure(request, shape, mode, fns, verdicts)
             new.sort(key=lambda row: order.index(row.provider))
-            rows += _with_speedups(new, request.case.baseline)
-    case = request.case
+            rows += _with_speedups(new, case.baseline)
     return Result(
         op=request.op,
         x_name=case.x_name,
         x_label=case.x_label,
         baseline=case.baseline,
+        check_shape=dict(case.check_shapes[request.machine.device]),
         machine=request.machine,
         ours=[name for name, rival in case.rivals.items() if rival.is_ours],
         rows=rows,
@@ -75,8 +78,8 @@ def run_case(request: Request, verdicts: Verdicts | None = None) -> Result:
 def check_rivals(request: Request) -> Verdicts:
     """Values and gradients of each rival against the specification in float64."""
     case, device = request.case, request.machine.device
-    errors: dict[str, float] = {}
-    refused: dict[str, dict[str, Any]] = {}
+    passed: dict[str, Accuracy] = {}
+    refused: dict[str, Fields] = {}
     checker = None
     for name in request.providers or case.rivals:
         reason = case.rivals[name].unsupported(device)
@@ -86,16 +89,16 @@ def check_rivals(request: Request) -> Verdicts:
         request.say(f"checking {name}")
         checker = checker or Checker(case, dtype=DTYPES[request.dtype], device=device)
         try:
-            error = checker.error(case.rivals[name].build())
+            accuracy = checker.accuracy(case.rivals[name])
         except Exception as raised:  # whatever a rival does wrong is a line of the table
             refused[name] = _refusal(raised)
             continue
-        if error <= MAX_ERROR:
-            errors[name] = error
+        if accuracy.units <= MAX_ERROR:
+            passed[name] = accuracy
         else:
-            known = error if math.isfinite(error) else None
-            refused[name] = {"status": "wrong", "detail": f"error {error:.3g}x", "error": known}
-    return Verdicts(errors, refused)
+            detail = f"error {accuracy.units:.3g}x"
+            refused[name] = {"status": "wrong", "detail": detail, **_accuracy_fields(accuracy)}
+    return Verdicts(passed, refused)
 
 
 def call_of(fn: Fn, inputs: Sequence[Any], mode: Mode) -> Prepare:
@@ -119,16 +122,41 @@ def call_of(fn: Fn, inputs: Sequence[Any], mode: Mode) -> Prepare:
     return prepare
 
 
-def _prepares(
-    request: Request, shape: Shape, names: Sequence[str]
-) -> dict[str, Callable[[Mode], Prepare]]:
-    """The rivals, freshly built, over the inputs of one shape."""
-    dtype, device = DTYPES[request.dtype], request.machine.device
-    inputs = make_inputs(request.case, shape, dtype=dtype, device=device)
+def _fresh(request: Request, names: Sequence[str]) -> dict[str, Fn]:
+    """The rivals, built anew for one shape."""
     # Without this, torch.compile turns to dynamic shapes or gives up after some recompilations.
     torch.compiler.reset()
-    rivals = request.case.rivals
-    return {name: partial(call_of, rivals[name].build(), inputs) for name in names}
+    return {name: request.case.rivals[name].build() for name in names}
+
+
+def _measure(
+    request: Request, shape: Shape, mode: Mode, fns: Mapping[str, Fn], verdicts: Verdicts
+) -> list[Row]:
+    """Rows of all rivals in one mode; what the device cannot hold is not tried."""
+    dtype, device = DTYPES[request.dtype], request.machine.device
+    skipped: dict[str, Fields] = dict(verdicts.refused)
+    available_bytes = memory_bytes(device)
+    for name in fns:
+        reason = request.case.rivals[name].too_large(mode, shape, dtype, available_bytes)
+        if reason is not None:
+            why = {"status": "skipped", "detail": reason}
+            skipped[name] = why | _accuracy_fields(verdicts.accuracy[name])
+    tried = [name for name in fns if name not in skipped]
+    rows = [_template(request, shape, mode, name, **why) for name, why in skipped.items()]
+    if not tried:
+        return rows
+    inputs = make_inputs(request.case, shape, dtype=dtype, device=device)
+    prepares = {name: call_of(fns[name], inputs, mode) for name in tried}
+    prepares[ceiling.NAME] = ceiling.product(dtype, device)
+    samples = _time(request, shape, mode, prepares)
+    yardstick = samples.pop(ceiling.NAME)
+    best_tflops = None
+    if yardstick.error is None:
+        best_tflops = ceiling.tflops(device, quantiles(yardstick.times_ms).p50)
+    return rows + [
+        _row(request, shape, mode, name, verdicts.accuracy[name], best_tflops, sample)
+        for name, sample in samples.items()
+    ]
 
 
 def _time(
@@ -145,27 +173,45 @@ def _time(
 
 
 def _row(
-    request: Request, shape: Shape, mode: Mode, name: str, error: float, samples: Samples
+    request: Request,
+    shape: Shape,
+    mode: Mode,
+    name: str,
+    accuracy: Accuracy,
+    best_tflops: float | None,  # of matrix products here
+    samples: Samples,
 ) -> Row:
+    row = partial(_template, request, shape, mode, name, **_accuracy_fields(accuracy))
     if samples.error is not None:
-        return _template(request, shape, mode, name, error=error, **_refusal(samples.error))
+        return row(**_refusal(samples.error))
     time_ms = quantiles(samples.times_ms)
-    row = _template(request, shape, mode, name, status="ok", error=error, time_ms=time_ms)
-    row = replace(row, peak_mib=samples.peak_mib)
+    return row(
+        status="ok",
+        time_ms=time_ms,
+        peak_mib=samples.peak_mib,
+        gemm_tflops=best_tflops,
+        **_rates(request, shape, mode, time_ms.p50 / 1e3, best_tflops),
+    )
+
+
+def _rates(
+    request: Request, shape: Shape, mode: Mode, seconds: float, best_tflops: float | None
+) -> Fields:
+    """What the time means: rates, and shares of the measured and of the datasheet's limit."""
     dtype = DTYPES[request.dtype]
     cost = request.case.cost(**shape, dtype=dtype).get(mode)
     if cost is None:
-        return row
-    seconds = time_ms.p50 / 1e3
-    row = replace(
-        row, tflops=cost.flops / seconds / 1e12, gbytes_per_s=cost.num_bytes / seconds / 1e9
-    )
+        return {}
+    rate = cost.flops / seconds / 1e12
+    rates = {"tflops": rate, "gbytes_per_s": cost.num_bytes / seconds / 1e9}
+    if best_tflops is not None:
+        rates["gemm_share"] = rate / best_tflops
     peak = peak_of(request.machine.name) if request.machine.device == "cuda" else None
     if peak is None:
-        return row
+        return rates
     tflops = peak.fp32_tflops if dtype == torch.float32 else peak.tensor_tflops
     best_s = max(cost.flops / (tflops * 1e12), cost.num_bytes / (peak.tbytes_per_s * 1e12))
-    return replace(row, roofline=best_s / seconds)
+    return rates | {"roofline": best_s / seconds}
 
 
 def _template(request: Request, shape: Shape, mode: Mode, provider: str, **fields: Any) -> Row:
@@ -188,7 +234,15 @@ def _with_speedups(rows: list[Row], baseline: str) -> list[Row]:
     return [replace(r, speedup=base.p50 / r.time_ms.p50) if r.time_ms else r for r in rows]
 
 
-def _refusal(error: Exception) -> dict[str, Any]:
+def _accuracy_fields(accuracy: Accuracy) -> Fields:
+    finite = {k: e for k, e in accuracy.grad_errors.items() if math.isfinite(e)}
+    return {
+        "error": accuracy.units if math.isfinite(accuracy.units) else None,
+        "grad_errors": finite,
+    }
+
+
+def _refusal(error: Exception) -> Fields:
     if isinstance(error, torch.OutOfMemoryError):
         return {"status": "out of memory"}
     first_line = str(error).strip().partition("\n")[0]

@@ -8,6 +8,7 @@ import torch
 
 from siglip2_bench import ops
 from siglip2_bench.case import Case, make_inputs
+from siglip2_bench.machine import memory_bytes
 from siglip2_bench.runner import call_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,6 +35,9 @@ def test_case(op, name, shape, mode, benchmark):
     if reason is not None:
         pytest.skip(reason)
     dtype = case.dtypes[0] if DEVICE == "cuda" else torch.float32
+    reason = case.rivals[name].too_large(mode, shape, dtype, memory_bytes(DEVICE))
+    if reason is not None:
+        pytest.skip(reason)
     inputs = make_inputs(case, shape, dtype=dtype, device=DEVICE)
     benchmark.group = f"{op} {mode} {shape}"
     torch.compiler.reset()

@@ -16,7 +16,8 @@ L2_FLUSH_BYTES = 256 << 20
 CYCLES_PER_S = 2.1e9
 ROUNDS = 5
 WARMUP_CALLS = 3
-MAX_REPS, MIN_REPS = 100, 10
+WARMUP_S = 0.5  # once two calls have taken this long, that is enough
+MAX_REPS, MIN_REPS = 100, 5
 SECONDS_PER_RIVAL = 1.0
 
 Call = Callable[[], object]
@@ -90,7 +91,7 @@ def time_rivals(
     prepares: Mapping[str, Prepare],
     *,
     device: str,
-    reps: int | None = None,  # None: as many as fit a second, 10 to 100
+    reps: int | None = None,  # None: as many as fit a second, 5 to 100
     with_memory: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Samples]:
@@ -131,9 +132,12 @@ def _round(
 
 
 def _size_rounds(call: Call, s: Samples, device: str, reps: int | None) -> None:
-    for _ in range(WARMUP_CALLS):
+    begin = time.perf_counter()
+    for i in range(WARMUP_CALLS):
         call()
-    _synchronize(device)
+        _synchronize(device)
+        if i > 0 and time.perf_counter() - begin > WARMUP_S:
+            break
     start = time.perf_counter()
     call()
     enqueued = time.perf_counter()

@@ -28,6 +28,8 @@ GPU = Machine(
 def row(provider, size, ms=None, *, mode="full", **fields):
     times = None if ms is None else Quantiles(0.9 * ms, ms, 1.1 * ms)
     fields = {"status": "ok", "peak_mib": 64.0 if ms else None, "commit": "abc1234", **fields}
+    if ms is not None:
+        fields |= {"gemm_tflops": 700.0, "gemm_share": 0.5 / ms}
     return Row(
         op="toy_op",
         provider=provider,
@@ -40,7 +42,7 @@ def row(provider, size, ms=None, *, mode="full", **fields):
 
 
 ROWS = [
-    row("eager", 16, 4.0, error=0.5),
+    row("eager", 16, 4.0, error=0.5, grad_errors={"scale 10": 3e-3, "scale 117": 1.4e-2}),
     row("ours", 16, 2.0),
     row("rival", 16, 3.0),
     row("eager", 32, 16.0),
@@ -49,6 +51,7 @@ ROWS = [
     row("wrong-one", 16, status="wrong", detail="error 37x", error=37.0),
     row("wrong-one", 32, status="wrong", detail="error 37x", error=37.0),
     row("absent", 16, status="skipped", detail="not installed (pip install absent)"),
+    row("late", 32, 1.0),
     row("ours", 16, 0.25, mode="forward"),
 ]
 RESULT = Result(
@@ -56,6 +59,7 @@ RESULT = Result(
     x_name="N",
     x_label="numbers",
     baseline="eager",
+    check_shape={"N": 20, "D": 8},
     machine=GPU,
     ours=["ours"],
     rows=ROWS,
@@ -79,14 +83,22 @@ def test_json_round_trip_into_the_readme(tmp_path, readme_file):
     text = readme_file.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "| N=16 D=8 | 4.000 / 64 | 2.000 / 64 | 3.000 / 64 |" in text
-    assert "| N=32 D=8 | 16.000 / 64 | 2.000 / 64 | out of memory |" in text
+    assert (
+        "| N=16 D=8 | 4.000 / 64 / 12% | 2.000 / 64 / 25% | 3.000 / 64 / 17% | not measured |"
+        in text
+    )
+    assert (
+        "| N=32 D=8 | 16.000 / 64 / 3% | 2.000 / 64 / 25% | out of memory | 1.000 / 64 / 50% |"
+        in text
+    )
+    assert "gradients against float64, bf16, N=20 D=8:" in text
+    assert "| eager | 3.0e-03 | 1.4e-02 |" in text
     assert "NVIDIA H100 80GB HBM3" in text
     assert "commit abc1234" in text
     assert "wrong-one (wrong: error 37x)" in text
     assert "absent (skipped: not installed (pip install absent))" in text
-    # eager: sqrt(2 * 8); the fastest rival: sqrt(1.5 * 8), eager being the fastest at 32.
-    assert "4.00x eager (2 of 2 shapes), 3.46x the fastest rival (2 of 2 shapes)" in text
+    # eager: sqrt(2 * 8); the fastest rival: sqrt(1.5 * 0.5), late being the fastest at 32.
+    assert "4.00x eager (2 of 2 shapes), 0.87x the fastest rival (2 of 2 shapes)" in text
 
     write_json(path, replace(RESULT, rows=[row("ours", 16, 1.0)]))
     assert "does not match" in readme.problem(readme_file, tmp_path)
@@ -139,7 +151,8 @@ def test_tables_print_no_time_for_a_wrong_rival():
     widths = {len(line) for line in text.splitlines() if line.startswith("N=32") and "16.0" in line}
     header = next(line for line in text.splitlines() if line.startswith("shape"))
     assert widths == {len(header)}
-    assert "4.00x eager (2 shapes), 1.50x rival (1 shape)" in text
+    assert "4.00x eager (2 shapes), 1.50x rival (1 shape), 0.50x late (1 shape)" in text
+    assert "GEMM, one large matrix product in turn: 700-700 TFLOP/s" in text
     assert "| N=16 D=8 | wrong-one | wrong (error 37x) |" in markdown(RESULT)
 
 
@@ -159,11 +172,39 @@ def test_compare_gives_the_ratio_of_medians(tmp_path):
     assert compare([], read_csv(path), "then.csv").startswith("Nothing in then.csv matches")
 
 
+def test_csv_gives_errors_at_the_shape_of_the_check():
+    (first, second) = [line for line in csv_rows(RESULT) if "error" in line["metric_name"]]
+    assert (first["metric_name"], first["metric_unit"]) == (
+        "gradient error, scale 10",
+        "relative L2",
+    )
+    assert (first["x_value"], first["y_value_50"]) == (20, 3e-3)
+    assert second["y_value_80"] == 1.4e-2
+
+
 def test_csv_of_other_columns_is_refused(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match="other columns"):
         read_csv(path)
+
+
+def test_each_other_size_gets_its_own_lines(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+    wider = [replace(r, shape={**r.shape, "D": 16}) for r in ROWS if r.provider == "ours"]
+    assert save_plot(tmp_path / "both.png", replace(RESULT, rows=[*ROWS, *wider]))
+    axes = drawn[0].axes
+    assert [a.get_title() for a in axes[::3]] == ["D=8", "D=16"]
+    assert len(axes) == 6
+    for panel in axes:
+        for line in panel.get_lines():
+            assert len(set(line.get_xdata())) == len(line.get_xdata())
+    assert [line.get_label() for line in axes[3].get_lines()] == ["ours"]
 
 
 def test_plot_needs_two_sizes(tmp_path):
