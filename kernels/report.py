@@ -3,10 +3,18 @@
 import torch
 
 from ._core.backend import Choice, explain
+from .map_pool import op as map_pool
+from .patch_embed import op as patch_embed
+from .posemb_resample import op as posemb_resample
 from .sigmoid_loss import op as sigmoid_loss
 
 # Each module has probe(device): backend -> reason for not taking a typical input, None if it does.
-_OPS = {"sigmoid_loss": sigmoid_loss}
+_OPS = {
+    "sigmoid_loss": sigmoid_loss,
+    "map_pool": map_pool,
+    "posemb_resample": posemb_resample,
+    "patch_embed": patch_embed,
+}
 
 
 def report(device: torch.device | str | None = None) -> list[Choice]:
