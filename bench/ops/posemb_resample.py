@@ -1,4 +1,4 @@
-"""The position table at every image's grid: a batch of 256-patch images as COCO's sizes give them."""
+"""The position table at every image's grid, for grids as COCO's pictures give them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

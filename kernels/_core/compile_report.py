@@ -37,6 +37,7 @@ def compile_report(
     capability: int,
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
     aligned: Collection[str] = (),
 ) -> CompileReport:
     """Compile one specialisation ahead of time and read its machine code.
@@ -46,6 +47,7 @@ def compile_report(
         signature: Each run-time argument's Triton type, such as "*bf16" or "i32".
         constants: Each other argument's value; None for an absent pointer.
         capability: 80, 90 or 100.
+        maxnreg: Most registers of a thread; None: what the compiler wants.
         aligned: Run-time arguments divisible by 16, as Triton finds them at a real launch.
 
     Triton's own cache keeps the binary, so a second call only disassembles it.
@@ -63,7 +65,7 @@ def compile_report(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack, code = _disassemble(binary.asm["cubin"])
     mma = Counter(match.group(1) for match in _TENSOR_CORE.finditer(code))

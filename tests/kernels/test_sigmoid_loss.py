@@ -43,10 +43,28 @@ def check_against_reference(inputs, pairs, dtype, backend, reduction="mean", dlo
 
     gold = evaluate(reference.sigmoid_loss, torch.float64)
     eager = evaluate(reference.sigmoid_loss)
+    if backend == "cublas" and dtype is not torch.float32:  # its logits are float16
+        eager = worst(eager, evaluate(with_float16_products), gold)
     actual = evaluate(sigmoid_loss, backend=backend)
     terms = cancelling_terms(inputs, pairs, reduction)
     for name, a, e, g in zip(NAMES, actual, eager, gold, strict=True):
         assert_no_worse(name, a, e, g, dtype, terms=dloss * terms.get(name, 0.0))
+
+
+def with_float16_products(img, txt, log_scale, bias, **kwargs):
+    """The reference with dot products rounded once to float16, and their gradients unrounded."""
+    raw = img.float() @ txt.float().T
+    raw = raw + (raw.half().float() - raw).detach()
+    zero, identity = torch.zeros_like(bias), torch.eye(len(txt), device=img.device)
+    scaled = log_scale.exp() * raw + bias
+    return reference.sigmoid_loss(scaled, identity, zero, zero, **kwargs)
+
+
+def worst(eager, other, gold):
+    """Of each result, the one that errs more."""
+    errors = ([(x - g).abs().max() for x, g in zip(xs, gold, strict=True)] for xs in (eager, other))
+    pairs = zip(eager, other, *errors, strict=True)
+    return [e if error >= other_error else o.to(e.dtype) for e, o, error, other_error in pairs]
 
 
 def set_chunk_elements(monkeypatch, elements):

@@ -1,53 +1,69 @@
+"""Every shipped configuration, compiled for GPUs that are not here."""
+
 import pytest
 import torch
 
 pytestmark = pytest.mark.aot
 pytest.importorskip("triton")
 
-from siglip2_kernels._core.backend import INTERPRET  # noqa: E402
 from siglip2_kernels._core.compile_report import SHARED_BYTES_LIMIT, compile_report  # noqa: E402
-from siglip2_kernels.sigmoid_loss import _triton  # noqa: E402
+from siglip2_kernels._core.matmul import unit_scale  # noqa: E402
+from siglip2_kernels.sigmoid_loss import _cublas, _triton  # noqa: E402
 
-POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+POINTER = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # What each launch passes; the other pointers are None.
-OUTPUTS = {"grad": ("g", "totals"), "loss": ("totals",), "sums": ("rows", "columns")}
-OPTIONAL = ("img_ids", "txt_ids", "img_weight", "txt_weight", "g", "totals", "rows", "columns")
+OUTPUTS = {
+    "grad": ("g", "totals_ptr"),
+    "loss": ("totals_ptr",),
+    "sums": ("rows_ptr", "columns_ptr"),
+}
+IDS = ("img_ids_ptr", "txt_ids_ptr", "img_ignore_ids_ptr", "txt_ignore_ids_ptr")
+WEIGHTS = ("img_weight_ptr", "txt_weight_ptr")
+OPTIONAL = (*IDS, *WEIGHTS, "g", "totals_ptr", "rows_ptr", "columns_ptr")
+SIZES = ("B", "M", "first_row", "stride_img", "stride_txt", "stride_g")
 
 
-# (mode, capability) -> bytes a thread; evaluation on Ampere, where two stages would avoid it.
-SPILLS = {("loss", 80): 24}
+def optional(mode, full):
+    """Types of the pointers that a launch passes, and None for the others."""
+    types = dict.fromkeys(("totals_ptr", "rows_ptr", "columns_ptr"), "*fp32")
+    types = {name: types[name] for name in types if name in OUTPUTS[mode]}
+    if full:
+        types |= dict.fromkeys(IDS, "*i64") | dict.fromkeys(WEIGHTS, "*fp32")
+    return types
 
 
-def report(dtype, capability, mode, D=768, weighted=False):
-    tile = _triton.config(dtype, divmod(capability, 10))
-    passed = OUTPUTS[mode]
-    if weighted:
-        passed += ("img_ids", "txt_ids", "img_weight", "txt_weight")
-    types = {name: "*fp32" for name in OPTIONAL if name in passed}
-    types |= {name: "*i64" for name in ("img_ids", "txt_ids") if name in passed}
-    types |= dict.fromkeys(("img", "txt"), POINTER[dtype]) | {"log_scale": "*fp32", "bias": "*fp32"}
-    if "g" in passed:
-        types["g"] = POINTER[dtype]
-    pointers = {f"{name}_ptr": type for name, type in types.items()}
-    sizes = dict.fromkeys(("B", "M", "first_row", "stride_img", "stride_txt", "stride_g"), "i32")
-    constants = {"D": D, "BB": tile.BB, "BM": tile.BM, "BD": tile.BD}
-    constants |= {"GROUP": _triton.GROUP, "LIFT": 2.0**15 if dtype is torch.float16 else 1.0}
-    constants |= {f"{name}_ptr": None for name in OPTIONAL if name not in passed}
+def tile_report(dtype, capability, mode, *, D=768, full=False, tma=None, tile=None):
+    major_minor = divmod(capability, 10)
+    tile = tile or _triton.config(dtype, major_minor, is_plain=not full)
+    tma = _triton.has_tma(dtype, major_minor) if tma is None else tma
+    name = POINTER[dtype]
+    types = {"log_scale_ptr": "*fp32", "bias_ptr": "*fp32"} | optional(mode, full)
+    inputs = {"img": (tile.BB, tile.BD), "txt": (tile.BM, tile.BD)}
+    if "g" in OUTPUTS[mode]:
+        inputs["g"] = (tile.BB, tile.BM // tile.pieces)
+    for matrix, block in inputs.items():
+        types[matrix] = f"tensordesc<{name}[{block[0]}, {block[1]}]>" if tma else f"*{name}"
+    constants = {"D": D, "BB": tile.BB, "BM": tile.BM, "BD": tile.BD, "PIECES": tile.pieces}
+    constants |= {"GROUP": _triton.GROUP, "LIFT": unit_scale(dtype), "HAS_TMA": tma}
+    constants |= {"FLATTEN": tile.is_flat}
+    constants |= {name: None for name in OPTIONAL if name not in types}
+    pointers = [name for name, type in types.items() if type.startswith("*")]
     return compile_report(
         _triton._tile_kernel,
-        pointers | sizes,
+        types | dict.fromkeys(SIZES, "i32"),
         constants,
         capability=capability,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.maxnreg,
         aligned=[*pointers, "M", "stride_img", "stride_txt", "stride_g"],
     )
 
 
-def check(built, dtype, capability, spill_bytes=0):
+def check(built, dtype, capability):
     assert built.shared_bytes <= SHARED_BYTES_LIMIT[capability]
-    assert built.spill_bytes <= spill_bytes
+    assert built.spill_bytes == 0
     if dtype is torch.float32:
         # Tensor cores would round float32 inputs to TF32.
         assert built.mma == {}
@@ -58,26 +74,54 @@ def check(built, dtype, capability, spill_bytes=0):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("mode", OUTPUTS)
 @pytest.mark.parametrize("dtype", POINTER, ids=str)
-def test_builds_without_spills_on_tensor_cores(dtype, mode, capability):
-    half = dtype is not torch.float32
-    spill_bytes = SPILLS.get((mode, capability), 0) if half else 0
-    check(report(dtype, capability, mode), dtype, capability, spill_bytes)
+def test_tiles_build_without_spills_on_tensor_cores(dtype, mode, capability):
+    check(tile_report(dtype, capability, mode), dtype, capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("D", [1152, 72])
-def test_ids_weights_and_odd_widths_fit_as_well(D, capability):
-    built = report(torch.bfloat16, capability, "grad", D=D, weighted=True)
+@pytest.mark.parametrize("D", [1536, 1152, 72])
+def test_ids_weights_and_other_widths_fit_as_well(D, capability):
+    built = tile_report(torch.bfloat16, capability, "grad", D=D, full=True)
     check(built, torch.bfloat16, capability)
 
 
-def test_report_sees_the_spills_of_a_tile_that_is_too_large(monkeypatch):
-    monkeypatch.setattr(_triton, "WIDE", _triton.WIDE._replace(BM=256))
-    assert report(torch.bfloat16, 90, "grad").spill_bytes > 0
+@pytest.mark.parametrize("capability", [90, 100])
+def test_rows_without_descriptors_are_read_by_pointers(capability):
+    built = tile_report(torch.bfloat16, capability, "grad", D=772, tma=False)
+    check(built, torch.bfloat16, capability)
 
 
-def test_report_is_not_for_the_interpreter(monkeypatch):
-    assert not INTERPRET
-    monkeypatch.setattr("siglip2_kernels._core.compile_report.INTERPRET", True)
-    with pytest.raises(RuntimeError, match="not compiled under TRITON_INTERPRET=1; unset it"):
-        report(torch.bfloat16, 90, "loss")
+@pytest.mark.parametrize("capability", [90, 100])
+def test_as_many_blocks_share_a_multiprocessor_as_the_table_says(capability):
+    tile = _triton.config(torch.bfloat16, divmod(capability, 10))
+    built = tile_report(torch.bfloat16, capability, "grad")
+    assert built.registers * 32 * tile.num_warps * tile.blocks <= 65536
+    assert built.shared_bytes * tile.blocks <= SHARED_BYTES_LIMIT[capability]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "ids-and-weights"])
+@pytest.mark.parametrize("mode", OUTPUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_elementwise_pass_builds_without_spills(dtype, mode, full, capability):
+    types = {"raw_ptr": f"*{POINTER[dtype]}", "log_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
+    types |= optional(mode, full)
+    constants = {"BB": _cublas.BB, "BM": _cublas.BM, "LIFT": unit_scale(dtype)}
+    constants |= {"WRITES_G": mode == "grad"}
+    absent = (name for name in OPTIONAL if name != "g" and name not in types)
+    built = compile_report(
+        _cublas._pairs_kernel,
+        types | dict.fromkeys(("B", "M", "first_row", "stride_raw"), "i32"),
+        constants | dict.fromkeys(absent),
+        capability=capability,
+        num_warps=_cublas.NUM_WARPS,
+        num_stages=1,
+        aligned=[*types, "stride_raw"],
+    )
+    assert built.spill_bytes == 0
+    assert built.mma == {}
+
+
+def test_report_sees_the_spills_of_a_tile_that_is_too_large():
+    tile = _triton.HOPPER._replace(BM=256, pieces=2)
+    assert tile_report(torch.bfloat16, 90, "grad", tile=tile).spill_bytes > 0
