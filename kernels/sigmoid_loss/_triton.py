@@ -4,6 +4,7 @@ Logits stay float32 in registers. What reaches memory is G = dl/dz in the inputs
 chunk of rows at a time, and three sums per tile, which are added up in a fixed order.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ class Config(NamedTuple):
 HOPPER = Config(128, 128, 64, pieces=8, num_warps=8, num_stages=3, blocks=2, is_flat=True)
 # Flattening repeats the epilogue here, and eight warps compute each pair twice.
 BLACKWELL = Config(128, 128, 64, pieces=8, num_warps=4, num_stages=3, blocks=2, is_flat=False)
+# With ids and weights 128 columns spill.
+FULL_BLACKWELL = BLACKWELL._replace(BM=64, pieces=4)
 AMPERE = Config(128, 64, 64, pieces=4, num_warps=4, num_stages=3, blocks=3, is_flat=True)
 # A multiprocessor of Ada and of consumer GPUs has 100 KB of shared memory.
 CONSUMER = Config(128, 64, 32, pieces=4, num_warps=4, num_stages=3, blocks=2, is_flat=True)
@@ -50,15 +53,24 @@ FLOAT32 = Config(64, 64, 32, pieces=2, num_warps=4, num_stages=2, blocks=2, is_f
 GROUP = 8  # tiles of rows that share their columns while those are in L2
 
 
-def config(dtype: torch.dtype, capability: tuple[int, int], *, is_plain: bool = True) -> Config:
-    """`is_plain`: neither ids nor weights, whose registers cost one of the blocks."""
+def config(
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    is_plain: bool = True,  # neither ids nor weights, whose registers cost one of the blocks
+    has_tma: bool = True,  # on Hopper, pointers cost one as well
+) -> Config:
     if dtype is torch.float32:
         tile = FLOAT32
     elif capability == (8, 0):
         tile = AMPERE
     else:
         tile = {9: HOPPER, 10: BLACKWELL}.get(capability[0], CONSUMER)
-    return tile if is_plain else tile._replace(blocks=max(tile.blocks - 1, 1))
+    if is_plain and (has_tma or tile is not HOPPER):
+        return tile
+    if tile is BLACKWELL:
+        return FULL_BLACKWELL
+    return tile._replace(blocks=max(tile.blocks - 1, 1))
 
 
 def has_tma(dtype: torch.dtype, capability: tuple[int, int], *matrices: Tensor) -> bool:
@@ -72,6 +84,15 @@ def has_tma(dtype: torch.dtype, capability: tuple[int, int], *matrices: Tensor) 
 
 def _capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
+def _choice(
+    img: Tensor, txt: Tensor, pairs: Sequence[Tensor | None]
+) -> tuple[Config, bool]:  # the tile, and whether descriptors read the rows
+    capability = _capability(img)
+    tma = has_tma(img.dtype, capability, img, txt)
+    is_plain = all(x is None for x in pairs)
+    return config(img.dtype, capability, is_plain=is_plain, has_tma=tma), tma
 
 
 def _num_programs(tile: Config, device: torch.device) -> int:
@@ -257,10 +278,9 @@ def _launch(
     columns: Tensor | None = None,  # (row tiles, M)
 ) -> None:
     (B, D), M = img.shape, txt.shape[0]
-    dtype, capability = img.dtype, _capability(img)
-    tile = config(dtype, capability, is_plain=all(x is None for x in pairs))
+    dtype = img.dtype
+    tile, tma = _choice(img, txt, pairs)
     strides = img.stride(0), txt.stride(0), 0 if g is None else g.stride(0)
-    tma = has_tma(dtype, capability, img, txt)
     if tma:
         img = TensorDescriptor.from_tensor(img, [tile.BB, tile.BD])
         txt = TensorDescriptor.from_tensor(txt, [tile.BM, tile.BD])
@@ -318,8 +338,8 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (3,), (B, D) or (0, D), (M, D) or (0, D)
     """Sums of loss, G * raw and G over all pairs, then G @ txt and G.T @ img, all float32."""
     (B, D), M = img.shape, txt.shape[0]
-    tile = config(img.dtype, _capability(img))
     pairs = img_ids, txt_ids, img_ignore_ids, txt_ignore_ids, img_weight, txt_weight
+    tile, _ = _choice(img, txt, pairs)
     scalars = log_scale.float(), bias.float()
     dimg = img.new_empty((B if needs_dimg else 0, D), dtype=torch.float32)
     dtxt = txt.new_zeros((M if needs_dtxt else 0, D), dtype=torch.float32)
@@ -354,7 +374,7 @@ def sums(
 ) -> tuple[Tensor, Tensor]:  # (B,), (M,) float32
     """The weighted losses summed over each row and each column."""
     B, M = img.shape[0], txt.shape[0]
-    tile = config(img.dtype, _capability(img))
+    tile, _ = _choice(img, txt, pairs)
     scalars = log_scale.float(), bias.float()
     rows = img.new_empty(B, dtype=torch.float32)
     columns = txt.new_zeros(M, dtype=torch.float32)

@@ -13,8 +13,8 @@ from siglip2.data.images import (
     decode_image,
     naflex_size,
     pack,
-    patchify,
 )
+from siglip2.data.packing import pack_patches, resize_uint8
 from siglip2.data.types import BadSampleError
 
 LENGTHS = (128, 256, 576, 784, 1024)
@@ -70,32 +70,28 @@ def test_naflex_size_matches_big_visions_unit_test(case):
     assert naflex_size(*case) == GOLDEN_UNITS[case]
 
 
-def test_patches_are_row_major_with_channels_last_inside():
-    P, H, W = 2, 4, 6
-    pixels = torch.arange(H * W * 3).view(H, W, 3)
-    expected = []
-    for top in range(0, H, P):
-        for left in range(0, W, P):
-            for y in range(P):
-                for x in range(P):
-                    expected.extend(pixels[top + y, left + x].tolist())
-    assert patchify(pixels, P).flatten().tolist() == expected
-
-
-def test_patchify_rejects_sides_that_do_not_divide():
-    with pytest.raises(ValueError, match=r"divisible by patch_size 4; got \(6, 8\)"):
-        patchify(torch.zeros(6, 8, 3), 4)
+def resized(image, size):
+    return resize_uint8(torch.from_numpy(np.array(image)), size)
 
 
 def test_naflex_patches_are_those_of_the_resized_picture():
     image = noise(60, 100)
     out = NaflexTransform(16, 40)(encoded(image))
     H, W = naflex_size(60, 100, 16, 40)
-    resized = np.array(image.resize((W, H), Image.Resampling.BILINEAR))
     assert out.patches.dtype == torch.uint8
-    assert torch.equal(out.patches, patchify(torch.from_numpy(resized), 16))
+    assert torch.equal(out.patches, pack_patches([resized(image, (H, W))], 16).patches)
     assert out.grid_hw.tolist() == [[H // 16, W // 16]]
     assert out.cu_seqlens.tolist() == [0, H * W // 256]
+
+
+def test_naflex_stacks_prepared_pictures_as_it_collates_finished_ones():
+    transform = NaflexTransform(8, 12)
+    images = [noise(h, w, seed=h) for h, w in ((20, 30), (64, 8), (10, 10))]
+    stacked = transform.stack([transform.prepare(image) for image in images])
+    collated = transform.collate([transform(image) for image in images])
+    for ours, theirs in zip(stacked[:3], collated[:3], strict=True):
+        assert torch.equal(ours, theirs)
+    assert stacked.max_seqlen == collated.max_seqlen == max(stacked.cu_seqlens.diff().tolist())
 
 
 def test_pack_joins_images_and_lists_of_images():
@@ -110,11 +106,11 @@ def test_pack_joins_images_and_lists_of_images():
     assert torch.equal(again.grid_hw, whole.grid_hw)
 
 
-def test_fixed_squashes_with_pillows_bilinear_and_maps_to_minus_one_to_one():
+def test_fixed_squashes_and_maps_to_minus_one_to_one():
     image = noise(50, 90)
     out = FixedTransform(32)(encoded(image))
-    pixels = np.array(image.resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    torch.testing.assert_close(out, torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1))
+    pixels = resized(image, (32, 32)).permute(2, 0, 1)
+    torch.testing.assert_close(out, pixels.float() / 127.5 - 1)
     ends = np.zeros((32, 32, 3), np.uint8)
     ends[0] = 255
     assert FixedTransform(32)(Image.fromarray(ends)).unique().tolist() == [-1.0, 1.0]
@@ -184,3 +180,61 @@ def test_the_pixel_limit_is_a_parameter():
     assert FixedTransform(4, max_image_pixels=100)(data).shape == (3, 4, 4)
     with pytest.raises(BadSampleError, match="more than 99 pixels"):
         NaflexTransform(4, 4, max_image_pixels=99)(data)
+
+
+def photo(height, width, mode="RGB"):
+    """Low frequencies only, as a photo mostly holds: decoding at a fraction loses little."""
+    y, x = np.mgrid[:height, :width]
+    waves = [127 + 120 * np.sin(x / 60 + c) * np.cos(y / 45 - c) for c in range(3)]
+    return Image.fromarray(np.stack(waves, -1).astype(np.uint8)).convert(mode)
+
+
+TRANSFORMS = {
+    "fixed": lambda **options: FixedTransform(64, **options),
+    "naflex": lambda **options: NaflexTransform(16, 24, **options),
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_jpeg_draft_gives_nearly_the_same_picture_of_the_same_size(make, mode):
+    data = encoded(photo(480, 640, mode), "JPEG", quality=95)
+    whole, draft = make().prepare(data), make(jpeg_draft=True).prepare(data)
+    assert draft.shape == whole.shape
+    difference = (draft.int() - whole.int()).abs()
+    assert difference.max() > 0, "the draft was not used"
+    assert difference.float().mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        pytest.param(encoded(noise(100, 100), "JPEG"), 51, id="less-than-twice-as-large"),
+        pytest.param(encoded(noise(100, 300)), 16, id="png"),
+    ],
+)
+def test_a_draft_leaves_other_pictures_alone(data, size):
+    whole = FixedTransform(size).prepare(data)
+    assert torch.equal(FixedTransform(size, jpeg_draft=True).prepare(data), whole)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 100_000), (100_000, 1), (1, 1)], ids=str)
+def test_extreme_pictures_work(height, width):
+    data = encoded(photo(height, width))
+    packed = NaflexTransform(16, 256)(data)
+    assert 0 < packed.max_seqlen <= 256
+    assert FixedTransform(32)(data).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_picture_without_pixels_is_a_bad_sample(make):
+    with pytest.raises(BadSampleError, match="image without pixels"):
+        make()(Image.new("RGB", (0, 5)))
+
+
+def test_a_picture_given_by_the_caller_is_not_written_to():
+    image = photo(32, 32)
+    before = image.tobytes()
+    FixedTransform(32).prepare(image).zero_()
+    NaflexTransform(16, 4).prepare(image).zero_()
+    assert image.tobytes() == before

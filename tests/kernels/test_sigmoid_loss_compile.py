@@ -35,8 +35,8 @@ def optional(mode, full):
 
 def tile_report(dtype, capability, mode, *, D=768, full=False, tma=None, tile=None):
     major_minor = divmod(capability, 10)
-    tile = tile or _triton.config(dtype, major_minor, is_plain=not full)
     tma = _triton.has_tma(dtype, major_minor) if tma is None else tma
+    tile = tile or _triton.config(dtype, major_minor, is_plain=not full, has_tma=tma)
     name = POINTER[dtype]
     types = {"log_scale_ptr": "*fp32", "bias_ptr": "*fp32"} | optional(mode, full)
     inputs = {"img": (tile.BB, tile.BD), "txt": (tile.BM, tile.BD)}
@@ -104,24 +104,24 @@ def test_as_many_blocks_share_a_multiprocessor_as_the_table_says(capability):
 @pytest.mark.parametrize("mode", OUTPUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_the_elementwise_pass_builds_without_spills(dtype, mode, full, capability):
-    types = {"raw_ptr": f"*{POINTER[dtype]}", "log_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
+    types = {"x_ptr": f"*{POINTER[dtype]}", "log_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
     types |= optional(mode, full)
-    constants = {"BB": _cublas.BB, "BM": _cublas.BM, "LIFT": unit_scale(dtype)}
+    constants = {"ROWS": _cublas.ROWS, "COLUMNS": _cublas.COLUMNS, "LIFT": unit_scale(dtype)}
     constants |= {"WRITES_G": mode == "grad"}
     absent = (name for name in OPTIONAL if name != "g" and name not in types)
     built = compile_report(
-        _cublas._pairs_kernel,
-        types | dict.fromkeys(("B", "M", "first_row", "stride_raw"), "i32"),
+        _cublas._pass_kernel,
+        types | dict.fromkeys(("B", "M", "first_row", "stride_x"), "i32"),
         constants | dict.fromkeys(absent),
         capability=capability,
         num_warps=_cublas.NUM_WARPS,
         num_stages=1,
-        aligned=[*types, "stride_raw"],
+        aligned=[*types, "stride_x"],
     )
     assert built.spill_bytes == 0
     assert built.mma == {}
 
 
 def test_report_sees_the_spills_of_a_tile_that_is_too_large():
-    tile = _triton.HOPPER._replace(BM=256, pieces=2)
+    tile = _triton.HOPPER._replace(BM=256, pieces=2, blocks=1)
     assert tile_report(torch.bfloat16, 90, "grad", tile=tile).spill_bytes > 0

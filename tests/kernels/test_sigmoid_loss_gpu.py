@@ -39,7 +39,7 @@ def test_a_cuda_graph_replays_forward_and_backward(backend):
 def test_a_new_batch_size_compiles_nothing(backend):
     from siglip2_kernels.sigmoid_loss import _cublas, _triton
 
-    kernel = {"triton": _triton._tile_kernel, "cublas": _cublas._pairs_kernel}[backend]
+    kernel = {"triton": _triton._tile_kernel, "cublas": _cublas._pass_kernel}[backend]
     count = lambda: sum(len(caches[0]) for caches in kernel.device_caches.values())
     # Triton specialises on divisibility by 16 and on 1: one size of each kind, then others.
     for B in (160, 161):
