@@ -47,7 +47,7 @@ test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -n 2 -m interpreter tests/kernels
 	@echo "tier 3 of 3: parity with open_clip and timm, in a layered environment"
 	@$(PY) tests/parity/make_venv.py
-	@OMP_NUM_THREADS=2 SIGLIP2_PARITY=1 .venv-parity/bin/python -m pytest -q tests/parity/test_open_clip.py tests/parity/test_timm.py
+	@OMP_NUM_THREADS=2 SIGLIP2_PARITY=1 .venv-parity/bin/python -m pytest -q tests/parity/test_open_clip.py tests/parity/test_open_clip_loss.py tests/parity/test_timm.py
 
 gpu:
 	@command -v nvidia-smi >/dev/null || { echo "make gpu needs a machine with an NVIDIA GPU: it runs the GPU tests, then" \

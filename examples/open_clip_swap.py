@@ -4,10 +4,11 @@ import torch
 
 try:
     import open_clip
+    from open_clip.loss import SigLipLoss as TheirLoss
 except ImportError:
     raise SystemExit("this example needs open_clip: pip install open_clip_torch") from None
 
-from siglip2 import SigLipLoss  # was: from open_clip import SigLipLoss
+from siglip2 import SigLipLoss  # was: from open_clip.loss import SigLipLoss
 
 STEPS, BATCH, SIDE, LENGTH, VOCABULARY = 40, 16, 32, 16, 256
 
@@ -27,7 +28,7 @@ model = open_clip.CustomTextCLIP(
     output_dict=True,
 )
 loss = SigLipLoss(rank=0, world_size=1)
-theirs = open_clip.SigLipLoss(rank=0, world_size=1)
+theirs = TheirLoss(rank=0, world_size=1)  # to see that nothing changed
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 images = torch.rand(BATCH, 3, SIDE, SIDE)
 texts = torch.randint(1, VOCABULARY, (BATCH, LENGTH))
