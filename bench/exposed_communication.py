@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from siglip2.errors import require
 from siglip2.models.presets import TowerSize, architecture
 
 from .machine import results_dir
@@ -210,6 +211,7 @@ def table(points: Sequence[Exposure]) -> list[str]:
 
 def save_plot(path: Path, points: Sequence[Exposure]) -> None:
     """Exposed milliseconds against devices, a panel for each batch and width."""
+    require("matplotlib", "bench")
     from matplotlib.figure import Figure
 
     panels = {key: [p for p in points if (p.batch, p.D) == key] for key in _keys(points)}

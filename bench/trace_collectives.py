@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,64 +29,32 @@ from torch.utils._pytree import tree_leaves
 
 from siglip2 import distributed
 from siglip2.config import OptimConfig
-from siglip2.errors import require
 from siglip2.models.factory import create_model
 from siglip2.train.optim import adamw
 from siglip2.train.parallel import wrap
 from siglip2.train.step import TrainStep
 from siglip2.train.task import Siglip2Task
 
-LANES = TOWER, COLLECTIVE, GLOO = "towers", "loss's collectives", "gloo"
-GATHER, SCATTER, WAIT = "all-gather", "reduce-scatter", "wait"
+from .timeline import COLLECTIVE, GLOO, TOWER, WAIT, Span, chrome_trace, save_timeline
+
+GATHER, SCATTER = "all-gather", "reduce-scatter"
 TOWERS = {"vision": "image tower", "text": "text tower"}
 HIDDEN_BY = {GATHER: "image tower forward", SCATTER: "image tower backward"}
 WARM_STEPS = 2  # DDP lays out its buckets after the first
 _MARK = "siglip2_trace"
 
 
-class Span(NamedTuple):
-    """Something that lasted; times of all ranks have one origin."""
-
-    rank: int
-    lane: str  # of LANES
-    name: str
-    begin_us: float
-    end_us: float
-
-
 def trace_step(num_ranks: int, model: str, batch_size: int) -> list[Span]:
     """Spans of one step on `num_ranks` processes, `batch_size` pairs each, by rank and begin."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (num_ranks, folder, model, batch_size), nprocs=num_ranks, join=True)
+        # Silent, or the profiler says on stderr that it started and stopped.
+        with mock.patch.dict(os.environ, KINETO_LOG_LEVEL="99"):
+            mp.spawn(_worker, (num_ranks, folder, model, batch_size), nprocs=num_ranks, join=True)
         raw = [json.loads((Path(folder) / f"{r}.json").read_text()) for r in range(num_ranks)]
     spans = [span for rank, events in enumerate(raw) for span in _spans(rank, events)]
     first_us = min(span.begin_us for span in spans)
     moved = [s._replace(begin_us=s.begin_us - first_us, end_us=s.end_us - first_us) for s in spans]
     return sorted(moved, key=lambda span: (span.rank, span.begin_us))
-
-
-def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
-    """The "JSON object format": a process for each rank, a thread for each lane."""
-    spans = list(spans)
-    events: list[dict[str, Any]] = []
-    for rank in sorted({span.rank for span in spans}):
-        names = [("process_name", 0, f"rank {rank}")]
-        names += [("thread_name", i, lane) for i, lane in enumerate(LANES)]
-        events += [
-            {"ph": "M", "pid": rank, "tid": tid, "name": kind, "args": {"name": name}}
-            for kind, tid, name in names
-        ]
-    for i, span in enumerate(spans):
-        place = {"pid": span.rank, "tid": LANES.index(span.lane), "name": span.name}
-        begin = {**place, "ts": span.begin_us}
-        if span.lane != GLOO:
-            events.append({**begin, "ph": "X", "dur": span.end_us - span.begin_us})
-            continue
-        # Its events overlap without nesting, which only "async" ones may.
-        asynchronous = {"cat": GLOO, "id": i}
-        events.append({**begin, **asynchronous, "ph": "b"})
-        events.append({**place, **asynchronous, "ph": "e", "ts": span.end_us})
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def exposed(spans: Sequence[Span]) -> list[str]:
@@ -104,33 +72,6 @@ def exposed(spans: Sequence[Span]) -> list[str]:
             if by_name[f"{collective}, {WAIT}"].begin_us < by_name[work].end_us:
                 found.append(f"rank {rank}: the {collective} is awaited before the {work} ends")
     return found
-
-
-def save_timeline(path: Path, spans: Sequence[Span]) -> None:
-    """A row for each rank and lane; the dark part of a collective is the wait for it."""
-    require("matplotlib", "bench")
-    from matplotlib.figure import Figure
-
-    lanes = [TOWER, COLLECTIVE]
-    rows = [(rank, lane) for rank in sorted({s.rank for s in spans}) for lane in lanes]
-    shown = [span for span in spans if span.lane in lanes]
-    names = [n for n in dict.fromkeys(s.name for s in shown) if not n.endswith(WAIT)]
-    figure = Figure(figsize=(12, 1 + 0.45 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(names):
-        for part, color in ((name, f"C{i}"), (f"{name}, {WAIT}", "black")):
-            for span in (span for span in shown if span.name == part):
-                row = rows.index((span.rank, span.lane))
-                bar = [(span.begin_us / 1e3, (span.end_us - span.begin_us) / 1e3)]
-                axes.broken_barh(bar, (row - 0.4, 0.8), facecolors=color, edgecolor=color)
-        axes.broken_barh([], (0, 0), facecolors=f"C{i}", label=name)
-    axes.broken_barh([], (0, 0), facecolors="black", label=WAIT)
-    axes.set_yticks(range(len(rows)), [f"rank {rank}, {lane}" for rank, lane in rows])
-    axes.invert_yaxis()
-    axes.set(xlabel="ms", title="one step; CPU and gloo, so only the order counts")
-    figure.legend(ncols=len(names) + 1, fontsize="small", loc="outside lower center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 def summary(spans: Sequence[Span]) -> list[str]:
