@@ -4,11 +4,27 @@ Nothing installed may be called `kernels`: that name is a package of Hugging Fac
 transformers imports.
 """
 
-from setuptools import find_packages, setup
+import os
+
+from setuptools import Extension, find_packages, setup
 
 
 def mapped(folder: str, name: str) -> list[str]:
     return [name] + [f"{name}.{p}" for p in find_packages(folder)]
+
+
+def host_extensions() -> list[Extension]:
+    """csrc/host, or nothing where pybind11 is missing: numpy serves then, as without a compiler."""
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ModuleNotFoundError:
+        return []
+    flags = ["-O3", "-pthread"] if os.name == "posix" else []
+    sources = ["csrc/host/pack_patches.cpp"]
+    extension = Pybind11Extension(
+        "siglip2._host", sources, cxx_std=17, extra_compile_args=flags, optional=True
+    )
+    return [extension]
 
 
 setup(
@@ -16,4 +32,5 @@ setup(
     + mapped("kernels", "siglip2_kernels")
     + mapped("bench", "siglip2_bench"),
     package_dir={"siglip2_kernels": "kernels", "siglip2_bench": "bench"},
+    ext_modules=host_extensions(),
 )

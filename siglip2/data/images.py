@@ -1,12 +1,13 @@
 """Encoded pictures to model input: fixed squares in [-1, 1], or NaFlex patches of any aspect ratio.
 
-Resizing is Pillow's BILINEAR on uint8, which antialiases when it shrinks, as transformers does.
+Pillow decodes; torch resizes uint8 pixels, bilinear with antialias, as transformers' torchvision
+processors do and within 2 grey levels of its Pillow ones.
 """
 
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siglip2.data.packing import pack_patches, resize_uint8
 from siglip2.data.types import BadSampleError, PackedImages
 from siglip2.errors import require
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_IMAGE_PIXELS = 100_000_000
+SizeOf = Callable[[int, int], tuple[int, int]]  # (height, width) -> (height, width)
 _HAS_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 
 
@@ -35,7 +38,7 @@ def _to_rgb(image: "Image") -> "Image":
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
         grey = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_image(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> "Image":
@@ -44,15 +47,26 @@ def decode_image(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> "I
     Raises BadSampleError: the file is cut short, is no picture, or its header promises more than
     `max_image_pixels` (checked before any pixel is decoded; Pillow's own limit holds as well).
     """
+    return _decoded(data, max_image_pixels, None)[0]
+
+
+def _decoded(
+    data: bytes, max_image_pixels: int, draft_size: SizeOf | None
+) -> tuple["Image", tuple[int, int]]:
+    """The picture and the file's (height, width), which a draft is smaller than."""
     Image = require("PIL.Image", "data")
     too_many = f"more than {max_image_pixels} pixels"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > max_image_pixels:
+                height, width = image.height, image.width
+                if width * height > max_image_pixels:
                     raise BadSampleError(too_many)
-                return _to_rgb(image)
+                if draft_size is not None:
+                    image.draft(None, draft_size(height, width)[::-1])  # of JPEG alone
+                image.load()
+                return _to_rgb(image), (height, width)
     except BadSampleError:
         raise
     except Image.DecompressionBombError:
@@ -86,15 +100,6 @@ def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) 
     return scaled(low)
 
 
-def patchify(pixels: Tensor, patch_size: int) -> Tensor:  # (H, W, C) -> (T, P*P*C)
-    """Patches in row-major order; inside a patch (y, x, channel)."""
-    H, W, C = pixels.shape
-    P = patch_size
-    if H % P or W % P:
-        raise ValueError(f"need sides divisible by patch_size {P}; got {(H, W)}")
-    return pixels.view(H // P, P, W // P, P, C).transpose(1, 2).reshape(-1, P * P * C)
-
-
 def pack(images: Sequence[PackedImages]) -> PackedImages:
     """One packed batch of several."""
     lengths = torch.cat([image.cu_seqlens.diff() for image in images])
@@ -108,12 +113,32 @@ def pack(images: Sequence[PackedImages]) -> PackedImages:
     )
 
 
-def _resized(image: "Image", height: int, width: int) -> Tensor:  # (H, W, 3) uint8
-    from PIL import Image
+class _Pixels:
+    """A picture's pixels for numpy, writable: `tobytes` makes a copy that nobody else has.
 
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image))
+    From read-only memory torch warns; a second copy takes as long as the resize.
+    """
+
+    def __init__(self, image: "Image"):
+        self._owner = np.frombuffer(image.tobytes(), np.uint8)
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (image.height, image.width, 3),
+            "typestr": "|u1",
+            "data": (self._owner.ctypes.data, False),
+        }
+
+
+def _prepared(
+    image: "Image | bytes", size_of: SizeOf, max_image_pixels: int, jpeg_draft: bool
+) -> Tensor:  # (*size, 3) uint8
+    if isinstance(image, bytes | bytearray | memoryview):
+        rgb, size = _decoded(image, max_image_pixels, size_of if jpeg_draft else None)
+    elif 0 in image.size:
+        raise BadSampleError("image without pixels")
+    else:
+        rgb, size = _to_rgb(image), (image.height, image.width)
+    return resize_uint8(torch.from_numpy(np.asarray(_Pixels(rgb))), size_of(*size))
 
 
 class FixedTransform:
@@ -121,15 +146,29 @@ class FixedTransform:
 
     Called on one picture it returns float (3, S, S) in [-1, 1]; `prepare` returns uint8, which is
     what loaders keep and send between processes. Both raise BadSampleError.
+
+    Args:
+        jpeg_draft: Decode a JPEG that is at least twice as large as needed at 1/2, 1/4 or 1/8 of
+            its size: faster, and not pixel-equal to resizing it whole.
     """
 
-    def __init__(self, image_size: int, *, max_image_pixels: int = MAX_IMAGE_PIXELS):
+    def __init__(
+        self,
+        image_size: int,
+        *,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        jpeg_draft: bool = False,
+    ):
         self.image_size = image_size
-        self.max_image_pixels = max_image_pixels
+        self.max_image_pixels, self.jpeg_draft = max_image_pixels, jpeg_draft
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels (height, width) a picture of this height and width is resized to."""
+        return self.image_size, self.image_size
 
     def prepare(self, image: "Image | bytes") -> Tensor:  # (3, S, S) uint8
-        rgb = _rgb_of(image, self.max_image_pixels)
-        return _resized(rgb, self.image_size, self.image_size).permute(2, 0, 1).contiguous()
+        pixels = _prepared(image, self.size, self.max_image_pixels, self.jpeg_draft)
+        return pixels.permute(2, 0, 1).contiguous()
 
     def stack(self, prepared: Sequence[Tensor]) -> Tensor:  # (B, 3, S, S) uint8
         return torch.stack(list(prepared))
@@ -148,7 +187,11 @@ class FixedTransform:
 class NaflexTransform:
     """Pictures at their own aspect ratio, as close below `max_num_patches` as whole patches allow.
 
-    Returns uint8 patches: the model folds x / 127.5 - 1 into its patch embedding.
+    Called on one picture it returns uint8 patches: the model folds x / 127.5 - 1 into its patch
+    embedding. `prepare` returns the resized picture, which `stack` packs with all of its batch.
+
+    Args:
+        jpeg_draft: As for `FixedTransform`.
     """
 
     def __init__(
@@ -157,37 +200,32 @@ class NaflexTransform:
         max_num_patches: int,
         *,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        jpeg_draft: bool = False,
     ):
         self.patch_size = patch_size
         self.max_num_patches = max_num_patches
-        self.max_image_pixels = max_image_pixels
+        self.max_image_pixels, self.jpeg_draft = max_image_pixels, jpeg_draft
 
-    def prepare(self, image: "Image | bytes") -> PackedImages:  # of one image
-        rgb = _rgb_of(image, self.max_image_pixels)
-        H, W = naflex_size(rgb.height, rgb.width, self.patch_size, self.max_num_patches)
-        patches = patchify(_resized(rgb, H, W), self.patch_size)
-        T = len(patches)
-        return PackedImages(
-            patches=patches,
-            grid_hw=torch.tensor([[H // self.patch_size, W // self.patch_size]], dtype=torch.int32),
-            cu_seqlens=torch.tensor([0, T], dtype=torch.int32),
-            max_seqlen=T,
-        )
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels (height, width) a picture of this height and width is resized to."""
+        return naflex_size(height, width, self.patch_size, self.max_num_patches)
 
-    def stack(self, prepared: Sequence[PackedImages]) -> PackedImages:
-        return pack(prepared)
+    def prepare(self, image: "Image | bytes") -> Tensor:  # (H, W, 3) uint8
+        return _prepared(image, self.size, self.max_image_pixels, self.jpeg_draft)
+
+    def stack(self, prepared: Sequence[Tensor]) -> PackedImages:
+        return pack_patches(prepared, self.patch_size)
 
     def finish(self, batch: PackedImages) -> PackedImages:
         return batch
 
-    collate = stack
-    __call__ = prepare
+    def collate(self, images: Sequence[Tensor] | Sequence[PackedImages]) -> PackedImages:
+        if isinstance(images[0], PackedImages):
+            return pack(images)
+        return self.stack(images)
 
-
-def _rgb_of(image: "Image | bytes", max_image_pixels: int) -> "Image":
-    if isinstance(image, bytes | bytearray | memoryview):
-        return decode_image(image, max_image_pixels=max_image_pixels)
-    return _to_rgb(image)
+    def __call__(self, image: "Image | bytes") -> PackedImages:  # of one image
+        return self.stack([self.prepare(image)])
 
 
 Transform = FixedTransform | NaflexTransform
