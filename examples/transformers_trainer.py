@@ -47,6 +47,7 @@ class RandomPairs(Dataset):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pretrained", help="such as google/siglip2-base-patch16-256")
+    parser.add_argument("--batch", type=int, default=32, help="pairs a device and step")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -66,13 +67,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(
             folder,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=args.batch,
             max_steps=args.steps,
             learning_rate=1e-3,
             logging_steps=max(1, args.steps // 4),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            ddp_find_unused_parameters=False,
             use_cpu=not has_gpu,
             dataloader_pin_memory=has_gpu,
         )

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import Siglip2Error
+from .errors import ConfigError, Siglip2Error
 
 COMMANDS = {
-    "train": "train, evaluate and export a model",
+    "train": "train, evaluate and export a model (--dry-run --world-size N: count what it takes)",
     "eval": "zero-shot classification and retrieval of a model on a data set",
     "export": "write a model as hf, open_clip, timm or big_vision",
     "bench": "time the kernels beside their rivals",
@@ -48,10 +48,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> None:
     from .cli_config import parse_config
+
+    dry_ranks, argv = _dry_run_options(argv)
+    config = parse_config(argv, prog="siglip2 train")
+    if dry_ranks is not None:
+        from .train.dry_run import dry_run
+        from .train.dry_run_table import format_dry_run
+
+        print(format_dry_run(dry_run(config, world_size=dry_ranks)))
+        return
     from .train.trainer import train
 
     _quiet()
-    train(parse_config(argv, prog="siglip2 train"))
+    train(config)
+
+
+def _dry_run_options(argv: list[str]) -> tuple[int | None, list[str]]:
+    """Devices to count for, if that is asked, and the other options: those of the config."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--world-size", nargs="?", const="")
+    args, others = parser.parse_known_args(argv)
+    if args.world_size is None:
+        return (1 if args.dry_run else None), others
+    if not args.dry_run:
+        raise ConfigError(
+            "--world-size: need --dry-run with it; got it alone. A run has as many processes as"
+            " torchrun starts: torchrun --nproc-per-node N -m siglip2 train"
+        )
+    from .train.dry_run import parse_world_size
+
+    return parse_world_size(args.world_size), others
 
 
 def _bench(argv: list[str]) -> int:

@@ -15,10 +15,12 @@ from triton.compiler import ASTSource
 from .backend import INTERPRET
 
 # Most shared memory one block can have, in bytes (CUDA C programming guide, compute capabilities).
-SHARED_BYTES_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 # Tensor-core instructions: Ampere and older warps, Hopper warp groups, Blackwell tensor memory.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
+# Global loads and stores with the bits a thread moves, asynchronous copies, and bulk tensor copies.
+_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E(?:\.\w+)*?(?:\.(64|128))?(?=\s)|\b(UTMALDG|UTMASTG)\b")
 _RESOURCES = re.compile(r"\bREG:(\d+) STACK:(\d+)")
 
 
@@ -27,6 +29,7 @@ class CompileReport(NamedTuple):
     spill_bytes: int  # of a thread: its stack frame, which Triton uses for nothing else
     shared_bytes: int  # of a block
     mma: Mapping[str, int]  # tensor-core instructions in the machine code, by name
+    accesses: Mapping[str, int]  # of global memory: LDG.128, STG.32, LDGSTS.128, UTMALDG...
 
 
 def compile_report(
@@ -44,9 +47,9 @@ def compile_report(
 
     Args:
         kernel: The `@triton.jit` function.
-        signature: Each run-time argument's Triton type, such as "*bf16" or "i32".
+        signature: Each run-time argument's Triton type: "*bf16", "i32", "tensordesc<bf16[64,64]>".
         constants: Each other argument's value; None for an absent pointer.
-        capability: 80, 90 or 100.
+        capability: 80, 89, 90 or 100.
         maxnreg: Most registers of a thread; None: what the compiler wants.
         aligned: Run-time arguments divisible by 16, as Triton finds them at a real launch.
 
@@ -69,7 +72,8 @@ def compile_report(
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack, code = _disassemble(binary.asm["cubin"])
     mma = Counter(match.group(1) for match in _TENSOR_CORE.finditer(code))
-    return CompileReport(registers, stack, binary.metadata.shared, dict(mma))
+    accesses = Counter(bulk or f"{name}.{bits or 32}" for name, bits, bulk in _ACCESS.findall(code))
+    return CompileReport(registers, stack, binary.metadata.shared, dict(mma), dict(accesses))
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, str]:

@@ -1,4 +1,4 @@
-"""Library backend: a product of logits, one elementwise kernel that turns them into G, two products.
+"""Library backend: one product makes logits, a kernel turns them into G, two products use it.
 
 Half-precision inputs are held as float16, bfloat16 ones converted once, and so are their logits:
 11 bits where bfloat16 has 8, so that a temperature of 117 does not spoil the sigmoid. Rows are unit
@@ -26,7 +26,7 @@ ROWS, COLUMNS, NUM_WARPS = 32, 1024, 4
 ALIGNMENT = 16  # elements to which rows of the chunk are padded, so that all accesses are vectors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "M", "first_row"])  # so that no batch size compiles anything
 def _pass_kernel(
     x_ptr,  # (B, stride_x): logits without scale and bias, and 0 in the padding
     log_scale_ptr,

@@ -78,7 +78,10 @@ def has_tma(dtype: torch.dtype, capability: tuple[int, int], *matrices: Tensor) 
     return (
         dtype is not torch.float32
         and capability[0] in (9, 10)
-        and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in matrices)
+        and all(
+            x.data_ptr() % 16 == 0 and x.stride(0) > 0 and x.stride(0) * x.itemsize % 16 == 0
+            for x in matrices
+        )
     )
 
 
@@ -171,7 +174,7 @@ def _split_columns(b, BB: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):
     return pieces
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "M", "first_row"])  # so that no batch size compiles anything
 def _tile_kernel(
     img,  # pointer, or tensor descriptor of blocks [BB, BD] if HAS_TMA
     txt,  # likewise, [BM, BD]

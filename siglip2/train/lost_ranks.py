@@ -57,7 +57,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _transport_fault(error: BaseException | None) -> str | None:
-    """What the transport said, wherever in the chain of causes; None: the error is of other kind."""
+    """What the transport said, wherever in the chain of causes; None: of no transport."""
     found = None
     while error is not None:
         text = next(iter(str(error).splitlines()), type(error).__name__)

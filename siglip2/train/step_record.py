@@ -1,13 +1,13 @@
 """What one training step allocates, sends and multiplies, seen op by op.
 
-The same recorder watches a step on real tensors and one on fake tensors (shapes without memory) with
-a fake process group; the tests hold the two against each other.
+The same recorder watches a step on real tensors, and one on fake tensors (shapes without memory)
+over a fake process group; the tests hold the two against each other.
 """
 
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -23,6 +24,7 @@ from .parallel import unwrapped
 from .step import TrainStep
 
 VISION, TEXT, CASTS, LOSS = "vision tower", "text tower", "weights cast for the towers", "loss"
+TOWERS = "towers"
 
 _aten = torch.ops.aten
 _KINDS = {
@@ -32,6 +34,9 @@ _KINDS = {
     "all_reduce": "all-reduce",  # of DTensor
     "send": "send",
 }
+_IDS, _RING = "row counts and ids", "texts and their gradients (ring)"
+_TEXTS = {"all-gather": "text embeddings", "reduce-scatter": "text gradients"}
+LOSS_TRAFFIC = (_IDS, _RING, *_TEXTS.values())
 
 
 class Collective(NamedTuple):
@@ -42,7 +47,7 @@ class Collective(NamedTuple):
     num_bytes: int  # of the larger side: gathered, to be scattered, reduced or sent
 
     def sent_bytes(self, world_size: int) -> int:
-        """What this rank sends if ranks form a ring (NCCL's and gloo's algorithm for large ones)."""
+        """What this rank sends if ranks form a ring, as NCCL does for large messages."""
         times = {"send": world_size, "all-reduce": 2 * (world_size - 1)}
         return self.num_bytes * times.get(self.kind, world_size - 1) // world_size
 
@@ -52,21 +57,31 @@ class StepRecord(NamedTuple):
     recomputed_bytes: int  # of one block, in the backward of a checkpointed tower
     loss_bytes: int  # most that lives at a time of what is made outside the towers
     collectives: list[Collective]
-    flops: int
+    flops: Mapping[str, int]  # LOSS: of its products; TOWERS: of all others
     ready: list[nn.Parameter]  # in the order their gradients were complete
 
 
-def record_step(step: TrainStep, batch: Mapping[str, Any], *, examples: float = 0.0) -> StepRecord:
+def record_step(
+    step: TrainStep,
+    batch: Mapping[str, Any],
+    *,
+    known: Iterable[tuple[Tensor, list]] = (),
+) -> StepRecord:
     """Run `step(batch)` and watch it. Memory is counted on an unwrapped task or DDP only.
 
     Counted are storages, once: those saved for the backward, weights and the batch aside; inputs of
     checkpointed blocks; and all that is made between the towers. Scratch memory inside an op
     is not seen.
+
+    Args:
+        known: Fake tensors of the batch whose numbers the host asks for, with all their elements.
     """
     model = unwrapped(step.task).model
-    recorder = Recorder(p for p in model.parameters() if type(p) is nn.Parameter)
+    recorder = Recorder(p for p in model.parameters() if not isinstance(p, DTensor))
+    for x, numbers in known:
+        recorder.know(x, numbers)
     with recorder.watching(model), recorder, saved_tensors_hooks(recorder.pack, lambda x: x):
-        step(batch, examples=examples)
+        step(batch)
     recomputed = [_bytes_of_block(*called) for called in recorder.checkpointed]
     return StepRecord(
         {part: recorder.saved.peak[part] for part in (VISION, TEXT, CASTS)},
@@ -85,10 +100,10 @@ class Recorder(TorchDispatchMode):
     host, or from ranks that hold the same; False and 0 for all that would have been computed.
     """
 
-    def __init__(self, weights: Iterator[nn.Parameter] = ()):
+    def __init__(self, weights: Iterable[Tensor] = ()):
         super().__init__()
         self.collectives: list[Collective] = []
-        self.flops = 0
+        self.flops: Counter[str] = Counter()
         self.alive, self.saved = _Storages(), _Storages()
         self.phase = LOSS
         self.ready: dict[nn.Parameter, None] = {}
@@ -97,16 +112,19 @@ class Recorder(TorchDispatchMode):
         self._host: dict[int, tuple[Any, list]] = {}  # keeps the storage, so that keys stay unique
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # comes back as ops on this rank's shards, and collectives
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._host_value(args[0])
         out = func(*args, **(kwargs or {}))
         if func is _aten.lift_fresh.default and isinstance(out, FakeTensor):
             with torch._C._DisableTorchDispatch():
-                self._know(out, args[0].flatten().tolist())
+                self.know(out, args[0].flatten().tolist())
         elif func.namespace in ("c10d", "_c10d_functional"):
             self._record_collective(func, args)
         elif count := _FLOPS.get(func._overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
+            part = LOSS if func.namespace == "siglip2" else TOWERS
+            self.flops[part] += count(*args, **(kwargs or {}), out_val=out)
         is_cast = func is _aten._to_copy.default and _key(args[0]) in self._weights
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and _key(x) not in self._weights:
@@ -171,9 +189,10 @@ class Recorder(TorchDispatchMode):
         what = _whose(_KINDS[name], tensors[0].dtype)
         self.collectives.append(Collective(what, _KINDS[name], sum(x.nbytes for x in tensors)))
         if name == "_allgather_base_" and (known := self._host.get(_key(args[1]))):
-            self._know(args[0], known[1] * (args[0].numel() // args[1].numel()))
+            self.know(args[0], known[1] * (args[0].numel() // args[1].numel()))
 
-    def _know(self, x: Tensor, values: list) -> None:
+    def know(self, x: Tensor, values: list) -> None:
+        """The host may ask for the elements of `x`, fake: they are `values`, in order."""
         self._host[_key(x)] = x.untyped_storage(), values
 
     def _host_value(self, x: Tensor) -> float | int | bool:
@@ -223,26 +242,23 @@ def _bytes_of_block(block: nn.Module, x: Tensor, seqs: Any) -> int:
 
 
 def _whose(kind: str, dtype: torch.dtype) -> str:
-    """What a collective carries, from the innermost code of FSDP2 or ours that asked for it."""
-    frame = sys._getframe(2)
+    """What a collective carries, by the innermost code of FSDP2 or ours that asked for it."""
+    frame = sys._getframe(1)
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        frame = frame.f_back
         if module.startswith("torch.distributed.fsdp"):
             return "weights (FSDP2)" if kind == "all-gather" else "gradients (FSDP2)"
         if module in ("siglip2.distributed", "siglip2.gather", "siglip2.ring"):
             if not dtype.is_floating_point:
-                return "row counts and ids"
-            return {
-                "all-gather": "text embeddings",
-                "reduce-scatter": "text gradients",
-            }.get(kind, "texts and their gradients (ring)")
+                return _IDS
+            return _TEXTS.get(kind, _RING)
         if module == "siglip2.train.parallel":
             return "scalars' gradients"
-        if module == "siglip2.train.step" and frame.f_code.co_name != "_backward":
+        if module == "siglip2.train.step" and function != "_backward":
             return "gradient norm, non-finite vote"
-        if module.startswith("siglip2.train."):
+        if module in ("siglip2.train.step", "siglip2.train.accumulate"):
             return "gradients (DDP)"
-        frame = frame.f_back
     return "other"
 
 

@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +11,11 @@ import torch.distributed as dist
 from ..config import Config
 from ..data.loader import TrainLoader, merge_states
 from ..data.sources import open_source
-from ..distributed import check_same
+from ..distributed import check_same, wait_for_all
 from ..errors import ConfigError
 from . import checkpoint, setup
 from .checkpoint import Progress
+from .clock import Clock
 from .finish import evaluate_run, finish
 from .lost_ranks import lost_ranks_in_one_line
 from .metrics import JsonLines, Reporter, console_line
@@ -34,6 +32,8 @@ from .parallel import (
 )
 from .run_dir import check_one_config, flatten, open_run, record, to_yaml
 from .step import TrainStep
+
+EVALUATION_TIMEOUT_S = 24 * 3600
 
 
 class Run:
@@ -144,11 +144,10 @@ def train(config: Config) -> Path:
         loop(run)
         run.save()
         model = whole_model(run.task)
-        if model is not None:
-            finish(run, model)
-        if dist.is_initialized():
-            dist.barrier()
+        if dist.is_initialized():  # nobody waits while rank 0 evaluates
             dist.destroy_process_group()
+    if model is not None:
+        finish(run, model)
     return run.dir
 
 
@@ -162,7 +161,7 @@ def loop(run: Run) -> None:
     )
     bar = Bar(run.num_steps, run.progress.step, enabled=main)
     batches = iter(run.loader)
-    clock = _Clock(run.progress)
+    clock = Clock(run.progress.time_s)
     try:
         while run.progress.step < run.num_steps:
             with clock.waiting_for_data():
@@ -184,7 +183,7 @@ def loop(run: Run) -> None:
                 if main:
                     writer.write(row)
                     reporter.write(row)
-                    bar.line(console_line(row, run.num_steps, clock.eta_s(run)))
+                    bar.line(console_line(row, run.num_steps, clock.eta_s(run.num_steps - done)))
                 clock.lap()
             if done % train_config.checkpoint_every_steps == 0 and done < run.num_steps:
                 run.save()
@@ -195,6 +194,8 @@ def loop(run: Run) -> None:
                     row = {"step": done, **evaluate_run(run, model).metrics()}
                     writer.write(row)
                     reporter.write(row)
+                if world_size() > 1:  # no collective: dist.timeout_s is no limit here
+                    wait_for_all("the end of an evaluation", EVALUATION_TIMEOUT_S)
     finally:
         bar.close()
         reporter.close()
@@ -211,39 +212,7 @@ def _check_texts(run: Run, text: torch.Tensor) -> None:
             raise ConfigError(f"{error}. Their data or tokenizers differ") from None
 
 
-class _Clock:
-    """Training time over all of a run's lives, and the share of it spent waiting for data."""
-
-    def __init__(self, progress: Progress):
-        self.before_s = progress.time_s
-        self.start = self.lap_start = time.perf_counter()
-        self.num_steps = self.lap_steps = 0
-        self.data_s = 0.0
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.data_s += time.perf_counter() - start
-
-    def total_s(self) -> float:
-        return self.before_s + time.perf_counter() - self.start
-
-    def eta_s(self, run: Run) -> float:
-        each = (time.perf_counter() - self.start) / max(self.num_steps, 1)
-        return each * (run.num_steps - run.progress.step)
-
-    def step_s(self) -> float:
-        return (time.perf_counter() - self.lap_start) / max(self.num_steps - self.lap_steps, 1)
-
-    def data_pct(self) -> float:
-        return 100 * self.data_s / max(time.perf_counter() - self.lap_start, 1e-9)
-
-    def lap(self) -> None:
-        self.lap_start, self.lap_steps, self.data_s = time.perf_counter(), self.num_steps, 0.0
-
-
-def _row(run: Run, metrics: dict[str, torch.Tensor], clock: _Clock) -> dict[str, Any]:
+def _row(run: Run, metrics: dict[str, torch.Tensor], clock: Clock) -> dict[str, Any]:
     """Every metric of this step; the only place that waits for the device.
 
     Losses are means over ranks.

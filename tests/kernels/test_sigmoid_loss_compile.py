@@ -11,7 +11,7 @@ from siglip2_kernels._core.matmul import unit_scale  # noqa: E402
 from siglip2_kernels.sigmoid_loss import _cublas, _triton  # noqa: E402
 
 POINTER = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # What each launch passes; the other pointers are None.
 OUTPUTS = {
     "grad": ("g", "totals_ptr"),
@@ -21,6 +21,7 @@ OUTPUTS = {
 IDS = ("img_ids_ptr", "txt_ids_ptr", "img_ignore_ids_ptr", "txt_ignore_ids_ptr")
 WEIGHTS = ("img_weight_ptr", "txt_weight_ptr")
 OPTIONAL = (*IDS, *WEIGHTS, "g", "totals_ptr", "rows_ptr", "columns_ptr")
+ALIGNED = ("stride_img", "stride_txt", "stride_g")
 SIZES = ("B", "M", "first_row", "stride_img", "stride_txt", "stride_g")
 
 
@@ -33,7 +34,9 @@ def optional(mode, full):
     return types
 
 
-def tile_report(dtype, capability, mode, *, D=768, full=False, tma=None, tile=None):
+def tile_report(
+    dtype, capability, mode, *, D=768, full=False, tma=None, tile=None, aligned=ALIGNED
+):
     major_minor = divmod(capability, 10)
     tma = _triton.has_tma(dtype, major_minor) if tma is None else tma
     tile = tile or _triton.config(dtype, major_minor, is_plain=not full, has_tma=tma)
@@ -57,7 +60,7 @@ def tile_report(dtype, capability, mode, *, D=768, full=False, tma=None, tile=No
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         maxnreg=tile.maxnreg,
-        aligned=[*pointers, "M", "stride_img", "stride_txt", "stride_g"],
+        aligned=[*pointers, *aligned],
     )
 
 
@@ -78,6 +81,17 @@ def test_tiles_build_without_spills_on_tensor_cores(dtype, mode, capability):
     check(tile_report(dtype, capability, mode), dtype, capability)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "ids-and-weights"])
+def test_tiles_fit_the_shared_memory_of_consumer_gpus(full):
+    check(tile_report(torch.bfloat16, 89, "grad", full=full), torch.bfloat16, 89)
+
+
+@pytest.mark.parametrize("mode", ["loss", "sums"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_ids_and_weights_fit_evaluation_too(capability, mode):
+    check(tile_report(torch.bfloat16, capability, mode, full=True), torch.bfloat16, capability)
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("D", [1536, 1152, 72])
 def test_ids_weights_and_other_widths_fit_as_well(D, capability):
@@ -86,9 +100,19 @@ def test_ids_weights_and_other_widths_fit_as_well(D, capability):
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-def test_rows_without_descriptors_are_read_by_pointers(capability):
-    built = tile_report(torch.bfloat16, capability, "grad", D=772, tma=False)
+@pytest.mark.parametrize(("D", "aligned"), [(772, ALIGNED), (33, ("stride_g",))])
+def test_rows_without_descriptors_are_read_by_pointers(D, aligned, capability):
+    built = tile_report(torch.bfloat16, capability, "grad", D=D, tma=False, aligned=aligned)
     check(built, torch.bfloat16, capability)
+    assert not {"UTMALDG", "UTMASTG"} & built.accesses.keys()
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_descriptors_move_tiles_by_the_bulk_copy_engine(capability):
+    accesses = tile_report(torch.bfloat16, capability, "grad").accesses
+    assert {"UTMALDG", "UTMASTG"} <= accesses.keys()
+    # Two scalars in, three sums out of each copy of the epilogue; no tile goes through threads.
+    assert {name for name in accesses if not name.startswith("UTM")} == {"LDG.32", "STG.32"}
 
 
 @pytest.mark.parametrize("capability", [90, 100])
@@ -120,6 +144,10 @@ def test_the_elementwise_pass_builds_without_spills(dtype, mode, full, capabilit
     )
     assert built.spill_bytes == 0
     assert built.mma == {}
+    # Eight columns of a thread: one access of 16 bytes in float16, two in float32.
+    vectors = 8 * dtype.itemsize // 16
+    assert built.accesses["LDG.128"] >= vectors
+    assert built.accesses.get("STG.128", 0) == (vectors if mode == "grad" else 0)
 
 
 def test_report_sees_the_spills_of_a_tile_that_is_too_large():

@@ -11,6 +11,7 @@ from siglip2.data.images import FixedTransform, NaflexTransform
 from siglip2.data.tokenizer import get_tokenizer
 from siglip2.data.train_tokenizer import train_tokenizer
 from siglip2.models.factory import create_model, save_pretrained
+from siglip2.models.inputs import HF_KEYS
 from siglip2.models.presets import ARCHITECTURES
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
@@ -110,13 +111,19 @@ def test_auto_processor_and_model_embed_as_we_do(is_naflex, gemma_shaped, tmp_pa
     else:
         transform = FixedTransform(vision.image_size)
     batch = transform.collate([transform(picture) for picture in pictures])
+    pixels = inputs["pixel_values"]
+    if is_naflex:
+        pixels = pixels[inputs["pixel_attention_mask"].bool()]
+        batch = batch.patches / 127.5 - 1
+    # Their processor resizes with Pillow, ours with torch: at most 2 grey levels apart.
+    assert (batch - pixels).abs().max() < 2.5 / 127.5
+    image = {key: inputs[key] for key in HF_KEYS} if is_naflex else pixels
     theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         expected = theirs(**inputs)
-        actual = model(image=batch, text=gemma_shaped(CAPTIONS[:2]))
+        actual = model(image=image, text=gemma_shaped(CAPTIONS[:2]))
     assert torch.equal(inputs["input_ids"], gemma_shaped(CAPTIONS[:2]))
     for name, x in (("image", expected.image_embeds), ("text", expected.text_embeds)):
-        # pixels agree but for the order of float32 arithmetic; a grey level is 1e-2 off
         error = (actual[f"{name}_features"] - x).abs().max()
         assert error < 256 * torch.finfo(torch.float32).eps, name
 

@@ -98,6 +98,44 @@ def test_sharded_towers_embed_outside_the_tasks_forward():
         step(batch)
 
 
+def order_share(rank, world, strategy):
+    """What happens when in a step: towers, the texts' gather, and both ways of the gradients."""
+    task = make_task()
+    model, events = task.model, []
+
+    def watch(module, name):
+        def forward(module, args, out):
+            events.append(name)
+            tensor = out if isinstance(out, torch.Tensor) else out.pooled
+            tensor.register_hook(lambda grad: events.append(f"gradient of {name}"))
+
+        module.register_forward_hook(forward)
+
+    watch(model.text, "texts")
+    watch(model.vision.encoder.blocks[0], "first image block")
+    watch(model.vision, "images")
+    start_gather = task.sigmoid.start_gather
+    task.sigmoid.start_gather = lambda *a, **k: (events.append("gather"), start_gather(*a, **k))[1]
+    step = TrainStep(wrap(task, strategy), torch.optim.SGD(task.parameters(), lr=0.1))
+    step(make_batch(0, 4 * rank, 4 * rank + 4))
+    return events
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_texts_travel_while_the_image_tower_computes(strategy):
+    for events in run(2, order_share, strategy):
+        assert events == [
+            "texts",
+            "gather",
+            "first image block",
+            "images",
+            "gradient of images",
+            "gradient of first image block",
+            "gradient of texts",
+        ]
+
+
 def scalars_share(rank, world):
     task = wrap(make_task(), "fsdp")
     for _ in range(2):  # as two small batches whose gradients add up

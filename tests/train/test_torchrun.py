@@ -51,10 +51,18 @@ def tokenizer(tmp_path_factory):
     return quickstart_dir(QuickstartConfig(concepts=4, cache_dir=cache)) / "tokenizer.json"
 
 
-def make_config(folder, data, tokenizer, *, ranks, dist=None, steps=NUM_STEPS, text_length=8):
+def make_config(
+    folder, data, tokenizer, *, ranks, dist=None, steps=NUM_STEPS, text_length=8, eval_every=0
+):
     return Config(
         model=ModelConfig(name="siglip2-tiny-patch8-32", text_length=text_length, init_bias=-2.0),
-        data=DataConfig(train=str(data), tokenizer=str(tokenizer), workers=0, cache_images=True),
+        data=DataConfig(
+            train=str(data),
+            val=str(data) if eval_every else None,
+            tokenizer=str(tokenizer),
+            workers=0,
+            cache_images=True,
+        ),
         optim=OptimConfig(warmup_examples=4 * BATCH),
         train=TrainConfig(
             output_dir=str(folder),
@@ -63,6 +71,7 @@ def make_config(folder, data, tokenizer, *, ranks, dist=None, steps=NUM_STEPS, t
             precision="fp32",
             log_every_steps=1,
             checkpoint_every_steps=2,
+            eval_every_steps=eval_every,
         ),
         dist=dist or DistConfig(),
     )
@@ -72,7 +81,7 @@ def losses(folder) -> dict[int, float]:
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return {row["step"]: row["train/loss"] for row in rows}
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
 def start(config: Config, ranks: int) -> subprocess.Popen:
@@ -143,7 +152,7 @@ def test_a_run_goes_from_two_ranks_to_one_and_back_like_one_that_was_never_stopp
     assert expected[NUM_STEPS] < expected[1]
 
     folder = tmp_path / "moved"
-    ring = DistConfig(strategy="fsdp", loss="ring")
+    ring = DistConfig(loss="ring")
     two = start(make_config(folder, data, tokenizer, ranks=2, dist=ring), 2)
     wait_for_step(two, folder, 5)
     check_last_words(kill_rank(two, 1), dead=1, left=0)
@@ -153,11 +162,13 @@ def test_a_run_goes_from_two_ranks_to_one_and_back_like_one_that_was_never_stopp
     one.kill()
     assert "continuing" in one.communicate()[0]
 
-    last = start(make_config(folder, data, tokenizer, ranks=2), 2)
+    sharded = DistConfig(strategy="fsdp")
+    last = start(make_config(folder, data, tokenizer, ranks=2, dist=sharded, eval_every=10), 2)
     out, _ = last.communicate(timeout=180)
     assert last.returncode == 0, out
     assert "continuing" in out
     assert (folder / "report.html").is_file()
+    assert '"step": 20, "val/' in (folder / "metrics.jsonl").read_text()
     assert losses(folder) == pytest.approx(expected, rel=1e-3)
 
 
