@@ -27,6 +27,7 @@ VISION, TEXT, CASTS, LOSS = "vision tower", "text tower", "weights cast for the 
 TOWERS = "towers"
 
 _aten = torch.ops.aten
+_sigmoid_loss = torch.ops.siglip2.sigmoid_loss
 _KINDS = {
     "_allgather_base_": "all-gather",
     "_reduce_scatter_base_": "reduce-scatter",
@@ -123,7 +124,7 @@ class Recorder(TorchDispatchMode):
         elif func.namespace in ("c10d", "_c10d_functional"):
             self._record_collective(func, args)
         elif count := _FLOPS.get(func._overloadpacket):
-            part = LOSS if func.namespace == "siglip2" else TOWERS
+            part = LOSS if func._overloadpacket is _sigmoid_loss else TOWERS
             self.flops[part] += count(*args, **(kwargs or {}), out_val=out)
         is_cast = func is _aten._to_copy.default and _key(args[0]) in self._weights
         for x in tree_leaves(out):
@@ -148,10 +149,12 @@ class Recorder(TorchDispatchMode):
                 hooks.append(encoder.blocks[0].register_forward_pre_hook(self._note_call))
         for name, part in (("encode_image", VISION), ("encode_text", TEXT)):
             setattr(model, name, self._in_phase(getattr(model, name), part))
-        yield
-        del model.encode_image, model.encode_text
-        for hook in hooks:
-            hook.remove()
+        try:
+            yield
+        finally:
+            del model.encode_image, model.encode_text
+            for hook in hooks:
+                hook.remove()
 
     def _is_ready(self, parameter: nn.Parameter) -> None:
         self.ready.pop(parameter, None)  # an earlier part of the batch
@@ -278,5 +281,5 @@ _FLOPS = {
             dout.shape, q.shape, k.shape, v.shape
         )
     ),
-    torch.ops.siglip2.sigmoid_loss: _sigmoid_loss_flops,
+    _sigmoid_loss: _sigmoid_loss_flops,
 }

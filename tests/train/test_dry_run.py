@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
@@ -26,7 +27,7 @@ from siglip2.train.dry_run import dry_run
 from siglip2.train.dry_run_table import format_dry_run, human, memory_bytes
 from siglip2.train.optim import adamw
 from siglip2.train.step import TrainStep
-from siglip2.train.step_record import CASTS, LOSS, TOWERS, record_step
+from siglip2.train.step_record import _FLOPS, CASTS, LOSS, TOWERS, record_step
 
 FIXED, NAFLEX = "siglip2-tiny-patch8-32", "siglip2-tiny-patch8-naflex"
 QUICK = "siglip2-quickstart-patch8-32"  # more than one of DDP's buckets
@@ -157,6 +158,27 @@ def test_flops_are_those_of_torchs_counter():
     assert fake[TOWERS] + fake[LOSS] == counter.get_total_flops()
 
 
+class OurOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "siglip2":
+            self.seen.add(func._overloadpacket)
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_op_of_ours_that_multiplies_has_a_formula():
+    config = make_config(NAFLEX)
+    step, batch = make_real_step(config), make_real_batch(config)
+    with OurOps() as ops:
+        step(batch)
+    without = {torch.ops.siglip2.unit_rows, torch.ops.siglip2.unit_rows_grad}  # no products
+    assert torch.ops.siglip2.sigmoid_loss in ops.seen
+    assert ops.seen - without <= set(_FLOPS)
+
+
 RUNS = {
     "ddp-buckets": {"strategy": "ddp", "name": QUICK},
     "ddp-parts": {"strategy": "ddp", "name": QUICK, "accum_steps": 2, "precision": "bf16"},
@@ -201,7 +223,8 @@ def test_a_longer_ring_is_worked_out_as_it_would_run(options, monkeypatch):
     whole = dry_run(config, world_size=6).step
     assert Counter(short.collectives) == Counter(whole.collectives)
     assert short.flops == whole.flops
-    assert short.loss_bytes == whole.loss_bytes
+    # But for a few scalars of each hop.
+    assert 0 <= whole.loss_bytes - short.loss_bytes < 2 * 48
 
 
 @pytest.mark.parametrize("num_ranks", [3, 5, 80])
@@ -227,7 +250,8 @@ def test_sharding_leaves_a_device_its_share():
         dry_run(make_config(strategy=strategy), world_size=4) for strategy in ("ddp", "fsdp")
     )
     assert ddp.local == ddp.whole == fsdp.whole
-    assert fsdp.local.vision == fsdp.whole.vision / 4
+    # A probe of one row cannot be cut: the first device has all of it.
+    assert fsdp.local.vision == (fsdp.whole.vision - 64) / 4 + 64
     assert memory_bytes(fsdp)["AdamW"] < memory_bytes(ddp)["AdamW"] / 3.9
 
 
