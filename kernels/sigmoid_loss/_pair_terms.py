@@ -42,14 +42,16 @@ def pair_terms(
     HAS_IMG_WEIGHT: tl.constexpr,
     HAS_TXT_WEIGHT: tl.constexpr,
 ):
-    """Weighted losses and G; both 0 in columns that do not exist, rows are the caller's to drop."""
+    """Weighted losses and G; in rows that exist, 0 for columns that do not.
+
+    Rows that do not exist hold anything, infinity too; the caller drops them.
+    """
     # -inf is where loss and G are 0; added to a column it masks for nothing.
     b_z = b_raw * scale + tl.where(m_m, bias, -float("inf"))[None, :]
+    m_pos = img_side[0][:, None] == txt_side[0][None, :]
     if HAS_IDS:
-        m_pos = (img_side[0][:, None] == txt_side[0][None, :]) & m_m[None, :]
-    else:
-        # One comparison: columns that do not exist are at no row's position.
-        m_pos = img_side[0][:, None] == tl.where(m_m, txt_side[0], -1)[None, :]
+        # Without ids there are as many rows as columns: past the end both are missing.
+        m_pos = m_pos & m_m[None, :]
     b_s = tl.where(m_pos, -b_z, b_z)
     if HAS_IGNORE_IDS:
         m_ignored = (img_side[1][:, None] == txt_side[1][None, :]) & (m_pos == 0)

@@ -43,13 +43,18 @@ class Config(NamedTuple):
 HOPPER = Config(128, 128, 64, pieces=8, num_warps=8, num_stages=3, blocks=2, is_flat=True)
 # Flattening repeats the epilogue here, and eight warps compute each pair twice.
 BLACKWELL = Config(128, 128, 64, pieces=8, num_warps=4, num_stages=3, blocks=2, is_flat=False)
-# With ids and weights 128 columns spill.
-FULL_BLACKWELL = BLACKWELL._replace(BM=64, pieces=4)
-AMPERE = Config(128, 64, 64, pieces=4, num_warps=4, num_stages=3, blocks=3, is_flat=True)
+# Flattening spills 32 bytes; three blocks fill each other's gaps without it.
+AMPERE = Config(128, 64, 64, pieces=4, num_warps=4, num_stages=3, blocks=3, is_flat=False)
 # A multiprocessor of Ada and of consumer GPUs has 100 KB of shared memory.
 CONSUMER = Config(128, 64, 32, pieces=4, num_warps=4, num_stages=3, blocks=2, is_flat=True)
 # Float32 products without TF32 run on the ordinary cores.
 FLOAT32 = Config(64, 64, 32, pieces=2, num_warps=4, num_stages=2, blocks=2, is_flat=True)
+# With ids and weights, whose registers cost a block or columns.
+FULL = {
+    HOPPER: HOPPER._replace(blocks=1),
+    BLACKWELL: BLACKWELL._replace(BM=64, pieces=4),
+    AMPERE: AMPERE._replace(blocks=2, is_flat=True),
+}
 GROUP = 8  # tiles of rows that share their columns while those are in L2
 
 
@@ -57,20 +62,17 @@ def config(
     dtype: torch.dtype,
     capability: tuple[int, int],
     *,
-    is_plain: bool = True,  # neither ids nor weights, whose registers cost one of the blocks
-    has_tma: bool = True,  # on Hopper, pointers cost one as well
+    is_plain: bool = True,  # neither ids nor weights
+    has_tma: bool = True,  # without, Hopper's addresses cost a block as well
 ) -> Config:
     if dtype is torch.float32:
-        tile = FLOAT32
-    elif capability == (8, 0):
+        return FLOAT32
+    if capability == (8, 0):
         tile = AMPERE
     else:
         tile = {9: HOPPER, 10: BLACKWELL}.get(capability[0], CONSUMER)
-    if is_plain and (has_tma or tile is not HOPPER):
-        return tile
-    if tile is BLACKWELL:
-        return FULL_BLACKWELL
-    return tile._replace(blocks=max(tile.blocks - 1, 1))
+    is_light = is_plain and (has_tma or tile is not HOPPER)
+    return tile if is_light else FULL.get(tile, tile)
 
 
 def has_tma(dtype: torch.dtype, capability: tuple[int, int], *matrices: Tensor) -> bool:
@@ -228,7 +230,7 @@ def _tile_kernel(
                 b_pieces[piece],
                 img_side,
                 load_side(o_m, M, 0, txt_ids_ptr, txt_ignore_ids_ptr, txt_weight_ptr),
-                o_m < M,
+                tl.arange(0, BN) < M - i_m * BM - piece * BN,
                 scale,
                 bias,
                 img_ids_ptr is not None,

@@ -151,5 +151,5 @@ def test_the_elementwise_pass_builds_without_spills(dtype, mode, full, capabilit
 
 
 def test_report_sees_the_spills_of_a_tile_that_is_too_large():
-    tile = _triton.HOPPER._replace(BM=256, pieces=2, blocks=1)
+    tile = _triton.HOPPER._replace(BM=256, pieces=2, num_warps=4, blocks=1)
     assert tile_report(torch.bfloat16, 90, "grad", tile=tile).spill_bytes > 0
