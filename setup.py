@@ -5,6 +5,7 @@ transformers imports.
 """
 
 import os
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 
@@ -20,9 +21,13 @@ def host_extensions() -> list[Extension]:
     except ModuleNotFoundError:
         return []
     flags = ["-O3", "-pthread"] if os.name == "posix" else []
-    sources = ["csrc/host/pack_patches.cpp"]
     extension = Pybind11Extension(
-        "siglip2._host", sources, cxx_std=17, extra_compile_args=flags, optional=True
+        "siglip2._host",
+        sorted(glob("csrc/host/*.cpp")),
+        depends=glob("csrc/host/*.h"),
+        cxx_std=17,
+        extra_compile_args=flags,
+        optional=True,
     )
     return [extension]
 

@@ -4,12 +4,24 @@ from .map_pool import map_pool
 from .patch_embed import patch_embed
 from .posemb_resample import posemb_resample
 from .sigmoid_loss import pairwise_sigmoid_loss_sums, sigmoid_loss, sigmoid_loss_and_grads
+from .varlen_attention import (
+    VarlenPlan,
+    make_plan,
+    padded_attention,
+    varlen_attention,
+    varlen_qkv_attention,
+)
 
 __all__ = [
+    "VarlenPlan",
+    "make_plan",
     "map_pool",
+    "padded_attention",
     "patch_embed",
     "posemb_resample",
     "pairwise_sigmoid_loss_sums",
     "sigmoid_loss",
     "sigmoid_loss_and_grads",
+    "varlen_attention",
+    "varlen_qkv_attention",
 ]

@@ -7,10 +7,12 @@ from .map_pool import op as map_pool
 from .patch_embed import op as patch_embed
 from .posemb_resample import op as posemb_resample
 from .sigmoid_loss import op as sigmoid_loss
+from .varlen_attention import op as varlen_attention
 
 # Each module has probe(device): backend -> reason for not taking a typical input, None if it does.
 _OPS = {
     "sigmoid_loss": sigmoid_loss,
+    "varlen_attention": varlen_attention,
     "map_pool": map_pool,
     "posemb_resample": posemb_resample,
     "patch_embed": patch_embed,

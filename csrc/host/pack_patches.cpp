@@ -3,8 +3,7 @@
 // Patch (i, y, x) of image i holds its pixels as (py, px, channel), channel fastest; patches are
 // row-major.  Images may have any strides: torch's uint8 resize gives channels-last or planar ones.
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+#include "host.h"
 
 #include <cstdint>
 #include <cstring>
@@ -15,9 +14,8 @@
 #include <utility>
 #include <vector>
 
-namespace py = pybind11;
-
 namespace siglip2::host {
+namespace {
 
 constexpr py::ssize_t kChannels = 3;
 
@@ -43,20 +41,27 @@ void copy_rows(const Image& image, const uint8_t* band, py::ssize_t patch_size, 
   }
 }
 
+// PACKED: the channels of a pixel lie side by side, as they do in Pillow's four bytes a pixel.
+template <bool PACKED>
 void gather_pixels(const Image& image, const uint8_t* band, py::ssize_t patch_size, uint8_t* out) {
   for (py::ssize_t x = 0; x < image.grid_w; ++x)
     for (py::ssize_t py_ = 0; py_ < patch_size; ++py_) {
       const uint8_t* pixel = band + py_ * image.stride_y + x * patch_size * image.stride_x;
       for (py::ssize_t px = 0; px < patch_size; ++px, pixel += image.stride_x, out += kChannels)
-        for (py::ssize_t c = 0; c < kChannels; ++c) out[c] = pixel[c * image.stride_c];
+        if (PACKED)
+          std::memcpy(out, pixel, kChannels);
+        else
+          for (py::ssize_t c = 0; c < kChannels; ++c) out[c] = pixel[c * image.stride_c];
     }
 }
 
 void pack_band(const Image& image, py::ssize_t y, py::ssize_t patch_size, uint8_t* out) {
   const uint8_t* band = image.pixels + y * patch_size * image.stride_y;
   out += (image.first_patch + y * image.grid_w) * patch_size * patch_size * kChannels;
-  if (image.stride_c != 1 || image.stride_x != kChannels)
-    gather_pixels(image, band, patch_size, out);
+  if (image.stride_c != 1)
+    gather_pixels<false>(image, band, patch_size, out);
+  else if (image.stride_x != kChannels)
+    gather_pixels<true>(image, band, patch_size, out);
   else if (patch_size == 16)
     copy_rows<16 * kChannels>(image, band, patch_size, out);
   else if (patch_size == 14)
@@ -102,7 +107,8 @@ std::vector<Image> describe(const std::vector<py::array_t<uint8_t>>& arrays,
   return images;
 }
 
-// Writes `out` (T, P*P*3); returns grid_hw (B, 2) and cu_seqlens (B+1,).
+}  // namespace
+
 std::pair<py::array_t<int32_t>, py::array_t<int32_t>> pack_patches(
     const py::sequence& sequence, py::ssize_t patch_size, int threads,
     py::array_t<uint8_t, py::array::c_style> out) {
@@ -147,10 +153,3 @@ std::pair<py::array_t<int32_t>, py::array_t<int32_t>> pack_patches(
 }
 
 }  // namespace siglip2::host
-
-PYBIND11_MODULE(_host, module) {
-  module.doc() = "Patches of many images, packed by several threads without the interpreter's lock.";
-  // noconvert: a converted copy of `out` would be written and thrown away.
-  module.def("pack_patches", &siglip2::host::pack_patches, py::arg("images"),
-             py::arg("patch_size"), py::arg("threads"), py::arg("out").noconvert());
-}

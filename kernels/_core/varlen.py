@@ -63,6 +63,51 @@ def length_groups(
     return groups
 
 
+def used_bounds(
+    cu_seqlens: Tensor,  # (B+1,) int32, on the host
+    used: Tensor | None = None,  # (B,) int32, on the host: rows that count, from each first one
+) -> Tensor:  # (B, 2) int64, on the host
+    """[first, last) row of each sequence; `used` is clipped to the room a sequence has."""
+    cu = _host(cu_seqlens, "cu_seqlens")
+    if used is None:
+        return torch.stack((cu[:-1], cu[1:]), dim=1)
+    lengths = _host(used, "lengths").clamp(min=0).minimum(cu.diff())
+    return torch.stack((cu[:-1], cu[:-1] + lengths), dim=1)
+
+
+def paired_bounds(
+    cu_seqlens: Tensor,  # (B+1,) int32
+    cu_seqlens_k: Tensor,  # (B+1,) int32
+    used: Tensor | None = None,  # (B,)
+    used_k: Tensor | None = None,  # (B,)
+) -> list[tuple[int, int, int, int]]:
+    """[first, last) row of each sequence's queries, then of its keys; waits for a device."""
+    host = [x if x is None else x.cpu() for x in (cu_seqlens, used, cu_seqlens_k, used_k)]
+    return torch.cat((used_bounds(*host[:2]), used_bounds(*host[2:])), dim=1).tolist()
+
+
+def paired_groups(
+    cu_seqlens: Tensor,  # (B+1,) int32, on the host
+    cu_seqlens_k: Tensor,  # (B+1,) int32, on the host
+    used: Tensor | None = None,  # (B,)
+    used_k: Tensor | None = None,  # (B,)
+) -> list[tuple[Tensor, Tensor]]:  # (b, length) rows of queries, (b, length_k) rows of keys
+    """Sequences of one pair of lengths, neither of them 0: each group is one dense batch."""
+    bounds = used_bounds(cu_seqlens, used)
+    # The pack's own keys, as in self-attention, need no second look.
+    is_self = cu_seqlens_k is cu_seqlens and used_k is used
+    bounds_k = bounds if is_self else used_bounds(cu_seqlens_k, used_k)
+    lengths = torch.stack((bounds.diff()[:, 0], bounds_k.diff()[:, 0]), dim=1)
+    groups = []
+    for pair in torch.unique(lengths[(lengths > 0).all(1)], dim=0):
+        which = torch.nonzero((lengths == pair).all(1))  # (b, 1)
+        length, length_k = pair.tolist()
+        rows = bounds[which[:, 0], :1] + torch.arange(length)
+        rows_k = rows if is_self else bounds_k[which[:, 0], :1] + torch.arange(length_k)
+        groups.append((rows, rows_k))
+    return groups
+
+
 def _host(values: Sequence[int] | Tensor, name: str) -> Tensor:  # (n,) int64
     if not isinstance(values, Tensor):
         values = torch.tensor(values) if len(values) else torch.zeros(0, dtype=torch.int64)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip2.data.packing import pack_patches, resize_uint8
+from siglip2.data.packing import pack_patches, pillow_pixels, resize_uint8
 from siglip2.data.types import BadSampleError, PackedImages
 from siglip2.errors import require
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_IMAGE_PIXELS = 100_000_000
+# Pillow warns of odd metadata and large pictures.  Not around each decoding: `catch_warnings` in
+# several threads at once leaves the process with the filters of any one of them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 SizeOf = Callable[[int, int], tuple[int, int]]  # (height, width) -> (height, width)
 _HAS_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 
@@ -57,16 +61,14 @@ def _decoded(
     Image = require("PIL.Image", "data")
     too_many = f"more than {max_image_pixels} pixels"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                height, width = image.height, image.width
-                if width * height > max_image_pixels:
-                    raise BadSampleError(too_many)
-                if draft_size is not None:
-                    image.draft(None, draft_size(height, width)[::-1])  # of JPEG alone
-                image.load()
-                return _to_rgb(image), (height, width)
+        with Image.open(io.BytesIO(data)) as image:
+            height, width = image.height, image.width
+            if width * height > max_image_pixels:
+                raise BadSampleError(too_many)
+            if draft_size is not None:
+                image.draft(None, draft_size(height, width)[::-1])  # of JPEG alone
+            image.load()
+            return _to_rgb(image), (height, width)
     except BadSampleError:
         raise
     except Image.DecompressionBombError:
@@ -113,22 +115,6 @@ def pack(images: Sequence[PackedImages]) -> PackedImages:
     )
 
 
-class _Pixels:
-    """A picture's pixels for numpy, writable: `tobytes` makes a copy that nobody else has.
-
-    From read-only memory torch warns; a second copy takes as long as the resize.
-    """
-
-    def __init__(self, image: "Image"):
-        self._owner = np.frombuffer(image.tobytes(), np.uint8)
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (image.height, image.width, 3),
-            "typestr": "|u1",
-            "data": (self._owner.ctypes.data, False),
-        }
-
-
 def _prepared(
     image: "Image | bytes", size_of: SizeOf, max_image_pixels: int, jpeg_draft: bool
 ) -> Tensor:  # (*size, 3) uint8
@@ -138,7 +124,10 @@ def _prepared(
         raise BadSampleError("image without pixels")
     else:
         rgb, size = _to_rgb(image), (image.height, image.width)
-    return resize_uint8(torch.from_numpy(np.asarray(_Pixels(rgb))), size_of(*size))
+    pixels, size = pillow_pixels(rgb), size_of(*size)
+    if pixels.shape[:2] == size:
+        return pixels[..., :3].clone()  # the picture may be the caller's
+    return resize_uint8(pixels, size)[..., :3]
 
 
 class FixedTransform:

@@ -1,9 +1,10 @@
-"""Decoded uint8 images to packed patches: resize, then one call that cuts and packs a whole batch.
+"""Decoded pictures to packed patches: pixels, resize, and one call that cuts and packs a batch.
 
 The packing runs in C++ (csrc/host) where it is built, else in numpy, with the same output.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from siglip2.data.types import PackedImages
 from siglip2.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 try:
     from siglip2 import _host
@@ -35,14 +39,14 @@ def packing_backend() -> str:
 
 
 def resize_uint8(
-    image: Tensor,  # (H, W, 3) uint8
+    image: Tensor,  # (H, W, 3) uint8; a fourth channel is resized like the others
     size: tuple[int, int],  # (height, width)
 ) -> Tensor:  # (height, width, 3) uint8
     """Antialiased bilinear resize, within 2 grey levels of Pillow's; releases the GIL.
 
     Raises DataError if the image is empty or no (H, W, 3) uint8, or `size` is not positive.
     """
-    fault = _fault(image)
+    fault = _fault(image, channels=(3, 4))
     if fault or min(size) < 1:
         raise DataError(
             f"need an image (H, W, 3) uint8 and a size of positive sides; got {fault or size}"
@@ -56,7 +60,44 @@ def resize_uint8(
     return resized[0].permute(1, 2, 0)
 
 
-def _fault(image: object) -> str | None:
+class _Copied:
+    """A picture's pixels for numpy, writable: `tobytes` makes a copy that nobody else has.
+
+    From read-only memory torch warns; a second copy takes as long as the resize.
+    """
+
+    def __init__(self, image: "Image"):
+        self._owner = np.frombuffer(image.tobytes(), np.uint8)
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (image.height, image.width, 3),
+            "typestr": "|u1",
+            "data": (self._owner.ctypes.data, False),
+        }
+
+
+def _arrow_view(image: "Image") -> np.ndarray | None:  # (H, W, 4)
+    """None from Pillow before 11.3, and where rows are padded or lie in several blocks (16 MB)."""
+    from PIL import Image
+
+    if not hasattr(image, "__arrow_c_array__") or 4 * image.width % Image.core.get_alignment():
+        return None
+    try:
+        _, array = image.__arrow_c_array__()
+        return _host.arrow_pixels(array, image.height, image.width)
+    except ValueError:
+        return None
+
+
+def pillow_pixels(image: "Image") -> Tensor:  # (H, W, 4) or (H, W, 3) uint8
+    """An RGB picture's pixels, not to be written to: where it can be, they are Pillow's own."""
+    view = _host and _arrow_view(image)
+    if view is None:
+        view = np.asarray(_Copied(image))
+    return torch.from_numpy(view)
+
+
+def _fault(image: object, channels: tuple[int, ...] = (3,)) -> str | None:
     """Why this is no image on the host, in words, or None."""
     if not isinstance(image, Tensor | np.ndarray):
         return type(image).__name__
@@ -64,7 +105,7 @@ def _fault(image: object) -> str | None:
         return f"a tensor on {image.device}"
     if image.dtype != (torch.uint8 if isinstance(image, Tensor) else np.uint8):
         return str(image.dtype)
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+    if image.ndim != 3 or image.shape[2] not in channels or 0 in image.shape:
         return str(tuple(image.shape))
     return None
 

@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -157,6 +159,7 @@ def test_exif_orientation_is_ignored():
     assert decode_image(encoded(noise(10, 20), "JPEG", exif=exif)).size == (20, 10)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -173,6 +176,20 @@ def test_bad_pictures_say_why(data, reason):
     with pytest.raises(BadSampleError) as caught:
         decode_image(data)
     assert caught.value.reason == reason
+
+
+def test_pillows_warnings_are_silent_and_the_callers_filters_stay():
+    code = """
+import io, warnings
+from PIL import Image
+from siglip2.data.images import decode_image
+before, out = list(warnings.filters), io.BytesIO()
+Image.new("P", (10, 10)).save(out, "PNG", transparency=bytes(range(256)))
+Image.MAX_IMAGE_PIXELS = 64
+print(decode_image(out.getvalue()).size, warnings.filters == before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("(10, 10) True\n", "")
 
 
 def test_the_pixel_limit_is_a_parameter():
