@@ -8,6 +8,7 @@ from .varlen_attention import (
     VarlenPlan,
     make_plan,
     padded_attention,
+    uniform_plan,
     varlen_attention,
     varlen_qkv_attention,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "pairwise_sigmoid_loss_sums",
     "sigmoid_loss",
     "sigmoid_loss_and_grads",
+    "uniform_plan",
     "varlen_attention",
     "varlen_qkv_attention",
 ]

@@ -138,9 +138,11 @@ def _num_tokens(grid_hw: Tensor, num_tokens: int | None) -> int:
         return num_tokens  # looking would wait, or break the graph
     if grid_hw.is_cuda:
         raise ValueError("need num_tokens when grid_hw is on a device; got None")
-    if bool((grid_hw < 0).any()):
-        raise ValueError(f"need sides of 0 or more; got {int(grid_hw.min())}")
-    total = int(grid_hw.long().prod(1).sum())
+    grids = grid_hw.tolist()
+    least = min((min(grid) for grid in grids), default=0)
+    if least < 0:
+        raise ValueError(f"need sides of 0 or more; got {least}")
+    total = sum(h * w for h, w in grids)
     if num_tokens not in (None, total):
         raise ValueError(f"need num_tokens {total}, the sum of the grids; got {num_tokens}")
     return total

@@ -101,8 +101,9 @@ def _setup(ctx, inputs, output):
 
 
 def _grad(ctx, dout, dlse):
-    out, lse, *layout = ctx.saved_tensors[:8]
-    grads = _bwd(dout, list(ctx.saved_tensors[8:]), out, lse, *layout, *ctx.rest)
+    saved = ctx.saved_tensors  # looked at once: a checkpoint unpacks them no second time
+    out, lse, *layout = saved[:8]
+    grads = _bwd(dout, list(saved[8:]), out, lse, *layout, *ctx.rest)
     return grads, *([None] * 11)
 
 

@@ -78,6 +78,12 @@ def make_plan(
     return VarlenPlan(cu, cu_k, longest, longest_k, tiles, order)
 
 
+def uniform_plan(num: int, length: int, device: torch.device | str | None = None) -> VarlenPlan:
+    """The plan of `num` sequences of one length, made on the device: nothing is copied to it."""
+    cu_seqlens = torch.arange(num + 1, dtype=torch.int32, device=device) * length
+    return unsorted_plan(cu_seqlens, cu_seqlens, length, length)
+
+
 def unsorted_plan(
     cu_seqlens: Tensor,  # (B+1,) int32
     cu_seqlens_k: Tensor,  # (B+1,) int32

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.types import PackedImages
 from .presets import VisionConfig
-from .sequences import Sequences, ragged, uniform
+from .sequences import Sequences, ragged
 
 Images = Tensor | PackedImages | Mapping[str, Tensor]
 
@@ -21,8 +21,8 @@ HF_KEYS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
 class VisionInputs(NamedTuple):
-    patches: Tensor  # (T, P*P*C) float in [-1, 1]
-    grids: tuple[tuple[int, int], ...]
+    patches: Tensor  # (T, P*P*C) uint8, or float in [-1, 1]
+    grid_hw: Tensor  # (B, 2) int32, on the host
     seqs: Sequences
 
 
@@ -85,10 +85,8 @@ def patchify(
     return image.reshape(B, C, h, P, w, P).permute(0, 2, 4, 3, 5, 1).reshape(B, h, w, P * P * C)
 
 
-def vision_inputs(
-    image: Images, config: VisionConfig, device: torch.device, dtype: torch.dtype
-) -> VisionInputs:
-    """Packed patches of a batch, on `device`, in `dtype`.
+def vision_inputs(image: Images, config: VisionConfig, device: torch.device) -> VisionInputs:
+    """Packed patches of a batch, on `device`; bytes stay bytes.
 
     Takes an image tensor (B, 3, H, W) in [-1, 1], `PackedImages`, timm's dictionary
     (`patches, patch_coord, patch_valid`) or transformers'
@@ -98,22 +96,22 @@ def vision_inputs(
     if isinstance(image, Tensor):
         patches, grids = _from_tensor(image, config)
     elif isinstance(image, PackedImages):
-        patches, grids = image.patches, tuple((h, w) for h, w in image.grid_hw.tolist())
+        patches, grids = image.patches, image.grid_hw.tolist()
     else:
         keys = _keys(image)
         from_padded = _from_timm if keys == TIMM_KEYS else _from_hf
         patches, grids = from_padded(*(image[key] for key in keys))
-    _check(patches, grids, config)
-    patches = patches.to(device)
-    # uint8 means x / 127.5 - 1, as the collator leaves it
-    patches = patches.to(dtype) if patches.is_floating_point() else patches.to(dtype) / 127.5 - 1
     lengths = [h * w for h, w in grids]
-    if isinstance(image, Tensor):
-        return VisionInputs(patches, grids, uniform(len(grids), config.grid_size**2, device))
-    return VisionInputs(patches, grids, ragged(lengths, device))
+    _check(patches, grids, sum(lengths), config)
+    grid_hw = torch.tensor(grids, dtype=torch.int32).view(-1, 2)
+    patches = patches.to(device, non_blocking=True)
+    return VisionInputs(patches, grid_hw, ragged(lengths, device))
 
 
-def _from_tensor(image: Tensor, config: VisionConfig) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+Grids = list[list[int]]  # (h, w) of each image
+
+
+def _from_tensor(image: Tensor, config: VisionConfig) -> tuple[Tensor, Grids]:
     side = config.image_size
     grid = config.grid_size
     if image.ndim != 4 or image.shape[1] != 3:
@@ -126,19 +124,18 @@ def _from_tensor(image: Tensor, config: VisionConfig) -> tuple[Tensor, tuple[tup
     if not image.is_floating_point():
         raise ValueError(f"need float images in [-1, 1]; got {image.dtype}. Use x / 127.5 - 1")
     patches = patchify(image, config.patch_size).flatten(0, 2)
-    return patches, ((grid, grid),) * image.shape[0]
+    return patches, [[grid, grid]] * image.shape[0]
 
 
 def _from_timm(
     patches: Tensor,  # (B, N, P*P*C)
     coord: Tensor,  # (B, N, 2) (y, x)
     valid: Tensor,  # (B, N) bool
-) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+) -> tuple[Tensor, Grids]:
     valid = valid.bool()
     # One past the largest coordinate; an image with nothing valid gets the grid (0, 0).
     masked = F.pad(coord.masked_fill(~valid[..., None], -1), (0, 0, 0, 1), value=-1)
     sizes = masked.amax(1) + 1
-    grids = tuple((h, w) for h, w in sizes.tolist())
     order = coord[..., 0] * sizes[:, 1:] + coord[..., 1]
     expected = torch.arange(coord.shape[1], device=coord.device).expand_as(order)
     if not bool(((order == expected) | ~valid).all()):
@@ -146,20 +143,19 @@ def _from_timm(
             "need every patch of each image, row by row, before its padding; got patch_coord in"
             " another order or with gaps"
         )
-    return patches[valid], grids
+    return patches[valid], sizes.tolist()
 
 
 def _from_hf(
     pixel_values: Tensor,  # (B, N, P*P*C)
     mask: Tensor,  # (B, N)
     spatial_shapes: Tensor,  # (B, 2)
-) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-    return pixel_values[mask.bool()], tuple((h, w) for h, w in spatial_shapes.tolist())
+) -> tuple[Tensor, Grids]:
+    return pixel_values[mask.bool()], spatial_shapes.tolist()
 
 
-def _check(patches: Tensor, grids: tuple[tuple[int, int], ...], config: VisionConfig) -> None:
+def _check(patches: Tensor, grids: Grids, tokens: int, config: VisionConfig) -> None:
     width = 3 * config.patch_size**2
-    tokens = sum(h * w for h, w in grids)
     if patches.ndim != 2 or patches.shape[1] != width:
         raise ValueError(
             f"need patches (T, {width}) for patch size {config.patch_size};"

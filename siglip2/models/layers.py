@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from siglip2_kernels import map_pool, varlen_qkv_attention
+
 from .presets import TowerSize
-from .sequences import Sequences, attention, pool_attention
+from .sequences import Sequences
 
 LAYER_NORM_EPS = 1e-6  # flax's default; the released weights need it
 
@@ -51,8 +53,9 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, seqs: Sequences) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # (T, H, E)
-        return self.out(attention(q, k, v, seqs).flatten(1))
+        qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # (T, 3, H, E)
+        y = varlen_qkv_attention(qkv, seqs.cu_seqlens, seqs.max_seqlen, plan=seqs.plan)
+        return self.out(y.flatten(1))
 
 
 class Block(nn.Module):
@@ -100,9 +103,10 @@ class MapHead(nn.Module):
         self.mlp = Mlp(size.width, size.mlp_width)
 
     def forward(self, x: Tensor, seqs: Sequences) -> Tensor:  # (T, D) -> (B, D)
-        q = self.q(self.probe.to(x.dtype)).view(self.num_heads, -1)  # (H, E)
-        k, v = self.kv(x).unflatten(1, (2, self.num_heads, -1)).unbind(1)  # (T, H, E)
-        y = self.out(pool_attention(q, k, v, seqs).flatten(1))
+        projections = (self.q.weight, self.q.bias, self.kv.weight, self.kv.bias)
+        bounds = (seqs.cu_seqlens, seqs.max_seqlen)
+        y = map_pool(x, *bounds, self.probe, *projections, num_heads=self.num_heads)
+        y = self.out(y)
         return y + self.mlp(self.norm(y))
 
 

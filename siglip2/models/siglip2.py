@@ -56,7 +56,8 @@ class Siglip2(nn.Module):
 
     def forward_vision(self, image: Images) -> VisionOutput:
         """Packed tokens and pooled embeddings of a batch; see `encode_image` for what it takes."""
-        return self.vision(*vision_inputs(image, self.architecture.vision, self.device, self.dtype))
+        inputs = vision_inputs(image, self.architecture.vision, self.device)
+        return self.vision(*inputs, self.dtype)
 
     def encode_image(
         self, image: Images, normalize: bool = False

@@ -1,12 +1,12 @@
 """Vision tower on packed patches: fixed resolution, NaFlex and local crops are one path."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from siglip2_kernels import patch_embed, posemb_resample
 
 from .layers import Encoder, Linear, MapHead, init_encoder, init_lecun_normal, init_map_head
 from .presets import VisionConfig
@@ -16,41 +16,6 @@ from .sequences import Sequences
 class VisionOutput(NamedTuple):
     tokens: Tensor  # (T, D) after the final norm; what a captioning decoder reads
     pooled: Tensor  # (B, D)
-
-
-def resample_posemb(
-    table: Tensor,  # (G, G, D)
-    grids: Sequence[tuple[int, int]],  # (h, w) of each image
-) -> Tensor:  # (T, D)
-    """The position table resampled to each grid (NaFlex).
-
-    Antialiased bilinear, half-pixel centres.
-    """
-    resampled = {}
-    for h, w in set(grids):
-        if (h, w) == table.shape[:2]:
-            resampled[h, w] = table.flatten(0, 1)
-        elif h * w == 0:
-            resampled[h, w] = table.new_empty(0, table.shape[-1])
-        else:
-            resampled[h, w] = _resample(table, h, w)
-    if len(resampled) == 1:
-        (single,) = resampled.values()
-        return single.repeat(len(grids), 1)
-    return (
-        torch.cat([resampled[grid] for grid in grids])
-        if grids
-        else table.new_empty(0, table.shape[-1])
-    )
-
-
-def _resample(table: Tensor, h: int, w: int) -> Tensor:  # (G, G, D) -> (h * w, D)
-    planes = table.permute(2, 0, 1)[None]  # (1, D, G, G)
-    if w == 1 and h > 1:
-        # torch's CPU antialias is wrong for a width of 1; a height of 1 is right.
-        return _resample(table.transpose(0, 1), 1, h)
-    planes = F.interpolate(planes, (h, w), mode="bilinear", align_corners=False, antialias=True)
-    return planes[0].flatten(1).T
 
 
 class VisionTower(nn.Module):
@@ -65,12 +30,14 @@ class VisionTower(nn.Module):
 
     def forward(
         self,
-        patches: Tensor,  # (T, P*P*C) float in [-1, 1]
-        grids: Sequence[tuple[int, int]],  # (h, w) of each image
+        patches: Tensor,  # (T, P*P*C) uint8, or float in [-1, 1]
+        grid_hw: Tensor,  # (B, 2) int32, on the host: patches down and across each image
         seqs: Sequences,
+        dtype: torch.dtype = torch.float32,
     ) -> VisionOutput:
-        x = self.patch_embed(patches)
-        x = x + resample_posemb(self.posemb, grids).to(x.dtype)
+        posemb = posemb_resample(self.posemb, grid_hw, num_tokens=patches.shape[0], dtype=dtype)
+        weight, bias = self.patch_embed.weight, self.patch_embed.bias
+        x = patch_embed(patches, weight, bias, posemb=posemb, dtype=dtype)
         tokens = self.encoder(x, seqs)
         return VisionOutput(tokens, self.pool(tokens, seqs))
 

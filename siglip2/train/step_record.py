@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .flops import FLOPS
 from .parallel import unwrapped
 from .step import TrainStep
 
@@ -110,7 +110,7 @@ class Recorder(TorchDispatchMode):
         self.ready: dict[nn.Parameter, None] = {}
         self.checkpointed: list[tuple[nn.Module, Tensor, Any]] = []  # a block of each tower, called
         self._weights = {_key(p) for p in weights}
-        self._host: dict[int, tuple[Any, list]] = {}  # keeps the storage, so that keys stay unique
+        self._host: dict[int, tuple[weakref.ref, list]] = {}  # forgotten with the storage
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
@@ -123,7 +123,7 @@ class Recorder(TorchDispatchMode):
                 self.know(out, args[0].flatten().tolist())
         elif func.namespace in ("c10d", "_c10d_functional"):
             self._record_collective(func, args)
-        elif count := _FLOPS.get(func._overloadpacket):
+        elif count := FLOPS.get(func._overloadpacket):
             part = LOSS if func._overloadpacket is _sigmoid_loss else TOWERS
             self.flops[part] += count(*args, **(kwargs or {}), out_val=out)
         is_cast = func is _aten._to_copy.default and _key(args[0]) in self._weights
@@ -196,7 +196,9 @@ class Recorder(TorchDispatchMode):
 
     def know(self, x: Tensor, values: list) -> None:
         """The host may ask for the elements of `x`, fake: they are `values`, in order."""
-        self._host[_key(x)] = x.untyped_storage(), values
+        storage, key = x.untyped_storage(), _key(x)
+        dropped = lambda ref: self._host.pop(key) if self._host[key][0] is ref else None
+        self._host[key] = weakref.ref(storage, dropped), values
 
     def _host_value(self, x: Tensor) -> float | int | bool:
         if found := self._host.get(_key(x)):
@@ -263,23 +265,3 @@ def _whose(kind: str, dtype: torch.dtype) -> str:
         if module in ("siglip2.train.step", "siglip2.train.accumulate"):
             return "gradients (DDP)"
     return "other"
-
-
-def _sigmoid_loss_flops(img, txt, *args, out_val, **_) -> int:
-    """2 B M D for the logits and as much for each gradient."""
-    needs_dimg, needs_dtxt, _backend = args[-3:]
-    return 2 * (1 + needs_dimg + needs_dtxt) * img.shape[0] * txt.shape[0] * img.shape[1]
-
-
-_FLOPS = {
-    **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_val, **__: (
-        sdpa_flop_count(q.shape, k.shape, v.shape)
-    ),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda dout, q, k, v, *_, out_val, **__: sdpa_backward_flop_count(
-            dout.shape, q.shape, k.shape, v.shape
-        )
-    ),
-    _sigmoid_loss: _sigmoid_loss_flops,
-}
