@@ -97,11 +97,12 @@ def paired_groups(
     # The pack's own keys, as in self-attention, need no second look.
     is_self = cu_seqlens_k is cu_seqlens and used_k is used
     bounds_k = bounds if is_self else used_bounds(cu_seqlens_k, used_k)
-    lengths = torch.stack((bounds.diff()[:, 0], bounds_k.diff()[:, 0]), dim=1)
+    lengths, lengths_k = bounds.diff()[:, 0], bounds_k.diff()[:, 0]
+    pairs = (lengths << 32) + lengths_k  # sorted as numbers: rows take torch 30 times as long
     groups = []
-    for pair in torch.unique(lengths[(lengths > 0).all(1)], dim=0):
-        which = torch.nonzero((lengths == pair).all(1))  # (b, 1)
-        length, length_k = pair.tolist()
+    for pair in torch.unique(pairs[(lengths > 0) & (lengths_k > 0)]).tolist():
+        which = torch.nonzero(pairs == pair)  # (b, 1)
+        length, length_k = pair >> 32, pair & (1 << 32) - 1
         rows = bounds[which[:, 0], :1] + torch.arange(length)
         rows_k = rows if is_self else bounds_k[which[:, 0], :1] + torch.arange(length_k)
         groups.append((rows, rows_k))
