@@ -26,9 +26,7 @@ SIZES = ("B", "T", "S")
 
 
 @triton.jit
-def _clear_past(
-    dq_ptr, dk_ptr, dv_ptr, end, end_k, T, S, stride_d, IS_ONE: tl.constexpr
-):
+def _clear_past(dq_ptr, dk_ptr, dv_ptr, end, end_k, T, S, stride_d, IS_ONE: tl.constexpr):
     """Zero gradients of rows behind the last sequence."""
     # One (T, 3, H, E) tensor: a token's row holds all three.
     fill_past(dq_ptr, end.to(tl.int64) * stride_d, T.to(tl.int64) * stride_d, 0.0, 1024)
@@ -201,23 +199,23 @@ def loop_kernel(
                 b_p = tl.where(m_s, tl.exp2(b_s * (scale * LOG2_E) - b_lse[None, :]), 0.0)
                 b_dp = dot_over_width(b_v0, b_v1, b_do0, b_do1, E1)  # [BN, BM]
                 b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q0.dtype)
-                b_dv0, b_dv1 = dot_over_rows(
-                    b_p.to(b_q0.dtype), b_do0, b_do1, b_dv0, b_dv1, E1
-                )
+                b_dv0, b_dv1 = dot_over_rows(b_p.to(b_q0.dtype), b_do0, b_do1, b_dv0, b_dv1, E1)
                 b_dk0, b_dk1 = dot_over_rows(b_ds, b_q0, b_q1, b_dk0, b_dk1, E1)
                 b_0, b_1 = zero_pair(BM, E0, E1)
                 b_dq0, b_dq1 = dot_over_rows(b_ds.T, b_k0, b_k1, b_0, b_1, E1)
-                # Masks, not branches: Triton 3.6 cannot pipeline a product used inside a branch.
-                b_old0, b_old1 = load_pair(partial_ptr, o_m, W, m_m & (start > 0), W, E0, E1)
+                # Masks, not branches: Triton 3.6 cannot pipeline a product used inside a branch. The
+                # scratch has whole tiles; masks of its rows would cost registers.
+                stop = tl.minimum(n_k, row + BM) if IS_CAUSAL else n_k
+                m_old, m_new = (o_m >= 0) & (start > 0), (o_m >= 0) & (start + BN < stop)
+                b_old0, b_old1 = load_pair(partial_ptr, o_m, W, m_old, W, E0, E1)
                 b_dq0 += b_old0
                 b_dq1 = b_dq0 if E1 == 0 else b_dq1 + b_old1
-                stop = tl.minimum(n_k, row + BM) if IS_CAUSAL else n_k
-                is_last = start + BN >= stop
-                store_pair(partial_ptr, o_m, W, m_m & (not is_last), b_dq0, b_dq1, W, E0, E1)
+                store_pair(partial_ptr, o_m, W, m_new, b_dq0, b_dq1, W, E0, E1)
                 b_dq0 = b_dq0 * scale
                 b_dq1 = b_dq0 if E1 == 0 else b_dq1 * scale
                 p_dq = dq_ptr + first * stride_d + i_h * E
-                store_pair(p_dq, o_m, stride_d, m_m & is_last, b_dq0, b_dq1, E, E0, E1)
+                m_last = m_m & (start + BN >= stop)
+                store_pair(p_dq, o_m, stride_d, m_last, b_dq0, b_dq1, E, E0, E1)
             at = first_k * stride_d + i_h * E
             b_dk0 = b_dk0 * scale
             b_dk1 = b_dk0 if E1 == 0 else b_dk1 * scale

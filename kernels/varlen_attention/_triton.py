@@ -80,9 +80,7 @@ def _fwd_kernel(
         o_m = tl.load(tiles_ptr + 2 * i_tile + 1) * BM + tl.arange(0, BM)
         o_n = tl.arange(0, BN)
         m_m = o_m < n
-        b_q0, b_q1 = load_pair(
-            q_ptr + first * stride_q + i_h * E, o_m, stride_q, m_m, E, E0, E1
-        )
+        b_q0, b_q1 = load_pair(q_ptr + first * stride_q + i_h * E, o_m, stride_q, m_m, E, E0, E1)
         k_ptr += first_k * stride_k + i_h * E
         v_ptr += first_k * stride_v + i_h * E
         # Finite, so that exp2(-inf - b_max) is 0 in rows that have seen no key.
@@ -132,15 +130,15 @@ def _fwd_kernel(
     fill_past(out_ptr, end * (H * E), T.to(tl.int64) * (H * E), 0.0, 1024)
 
 
-def _sizes(E: int) -> dict[str, int]:
+def sizes(E: int) -> dict[str, int]:
     E0, E1 = split_width(E)
     return {"E": E, "E0": E0, "E1": E1}
 
 
-def _fwd_config(dtype: torch.dtype, E: int, max_seqlen: int, max_seqlen_k: int) -> Config:
+def fwd_config(dtype: torch.dtype, E: int, max_seqlen: int, max_seqlen_k: int) -> Config:
     BM, longest = tile_rows(max_seqlen), tile_rows(max_seqlen_k)
     if dtype is torch.float32:  # products without TF32 run on the ordinary cores
-        return Config(BM, min(longest, 32), num_warps=BM // 16, num_stages=1)
+        return Config(BM, 16, num_warps=max(BM // 16, 4), num_stages=1)
     return Config(BM, min(longest, 64), num_warps=8 if BM == 128 else 4, num_stages=2)
 
 
@@ -162,7 +160,7 @@ def fwd(
     lse = q.new_full((H, T), -torch.inf, dtype=torch.float32)
     if layout.used is not None:
         out.zero_()
-    config = _fwd_config(q.dtype, E, layout.max_seqlen, layout.max_seqlen_k)
+    config = fwd_config(q.dtype, E, layout.max_seqlen, layout.max_seqlen_k)
     _fwd_kernel[(layout.tiles.shape[0] * H,)](
         q,
         k,
@@ -177,7 +175,7 @@ def fwd(
         v.stride(0),
         scale,
         H=H,
-        **_sizes(E),
+        **sizes(E),
         BM=config.BM,
         BN=config.BN,
         IS_CAUSAL=causal,
@@ -211,12 +209,13 @@ def bwd(
             d.zero_()
     T, H, E = q.shape
     B = layout.cu_seqlens.shape[0] - 1
-    config = _bwd_config(q.dtype, E, layout.max_seqlen, layout.max_seqlen_k)
-    is_one_tile = max(layout.max_seqlen, layout.max_seqlen_k) <= _most_in_one_tile(q.dtype)
+    generation, longest = _generation(q), (layout.max_seqlen, layout.max_seqlen_k)
+    config = bwd_config(q.dtype, E, *longest, generation)
+    is_one_tile = max(longest) <= most_in_one_tile(q.dtype, generation)
     inputs = (q, k, v, dout)
-    sizes = (B, T, k.shape[0])
+    rows_and_items = (B, T, k.shape[0])
     strides = (q.stride(0), k.stride(0), v.stride(0), dqkv[0].stride(0), scale)
-    options = _sizes(E) | {
+    options = sizes(E) | {
         "H": H,
         "BM": config.BM,
         "BN": config.BN,
@@ -227,25 +226,61 @@ def bwd(
     }
     bounds = (*layout[:4], layout.order)
     if is_one_tile:
-        tile_kernel[(B * H,)](*inputs, *bounds, *dqkv, *sizes, *strides, **options)
+        tile_kernel[(B * H,)](*inputs, *bounds, *dqkv, *rows_and_items, *strides, **options)
         return
     rows = triton.cdiv(layout.max_seqlen, config.BM) * config.BM
     programs = _programs(q, B * H)
     delta = torch.empty_like(lse)
     partial = lse.new_empty(programs, rows, options["E0"] + options["E1"])
     loop_kernel[(programs,)](
-        *inputs, out, lse, *bounds, *dqkv, delta, partial, *sizes, rows, *strides, **options
+        *inputs,
+        out,
+        lse,
+        *bounds,
+        *dqkv,
+        delta,
+        partial,
+        *rows_and_items,
+        rows,
+        *strides,
+        **options,
     )
 
 
-def _most_in_one_tile(dtype: torch.dtype) -> int:
-    return 32 if dtype is torch.float32 else 128
+def most_in_one_tile(dtype: torch.dtype, generation: int) -> int:
+    """Longest sequence whose backward needs no loop."""
+    if dtype is torch.float32:
+        return 32
+    return 64 if generation == 8 else 128  # Ampere spills at 128
 
 
-def _bwd_config(dtype: torch.dtype, E: int, max_seqlen: int, max_seqlen_k: int) -> Config:
+class Loop(NamedTuple):
+    """The backward's loop on one generation: what spills no registers (README.md), largest first."""
+
+    narrow: Config
+    wide: Config
+    widest_narrow: int  # widest head that `narrow` is for
+
+
+_LOOPS = {  # by major compute capability
+    8: Loop(Config(32, 64, 8, 2), Config(16, 64, 4, 1), 64),
+    9: Loop(Config(64, 128, 8, 2), Config(64, 64, 8, 1), 80),
+    10: Loop(Config(64, 128, 8, 1), Config(64, 64, 8, 1), 64),
+}
+
+
+def bwd_config(
+    dtype: torch.dtype, E: int, max_seqlen: int, max_seqlen_k: int, generation: int
+) -> Config:
     BM, BN = tile_rows(max_seqlen), tile_rows(max_seqlen_k)
-    if max(max_seqlen, max_seqlen_k) <= _most_in_one_tile(dtype):
+    if max(max_seqlen, max_seqlen_k) <= most_in_one_tile(dtype, generation):
         return Config(BM, BN, num_warps=8 if max(BM, BN) == 128 else 4, num_stages=1)
     if dtype is torch.float32:
-        return Config(min(BM, 32), min(BN, 32), num_warps=4, num_stages=1)
-    return Config(min(BM, 64), min(BN, 128), num_warps=8, num_stages=2)
+        return Config(16, min(BN, 32), num_warps=8, num_stages=1)
+    loop = _LOOPS[min(max(generation, 8), 10)]
+    loop = loop.narrow if E <= loop.widest_narrow else loop.wide
+    return loop._replace(BM=min(BM, loop.BM), BN=min(BN, loop.BN))
+
+
+def _generation(x: Tensor) -> int:
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from .._core.backend import choose, no_triton
-from . import _chunked, _flash, reference
+from . import _chunked, _flash, dispatch, reference
 from .inputs import check, layout_of
 from .plan import Layout
 
 Backend = Literal["reference", "chunked", "triton", "varlen_attn"]
-
-# From here on attention is bound by arithmetic, and torch's FlashAttention does it faster.
-LONG = 513
 
 _LAYOUT = (
     "Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? used, Tensor? used_k, Tensor tiles, "
@@ -115,9 +112,15 @@ def _unsupported(q: Tensor, layout: Layout, causal: bool) -> dict[str, str | Non
     if triton is None:
         triton = _backend("triton").unsupported(q, layout, causal)
     reasons = {"triton": triton, "varlen_attn": _flash.unsupported(q, layout, causal)}
-    if max(layout.max_seqlen, layout.max_seqlen_k) >= LONG:
-        reasons = dict(reversed(reasons.items()))
-    return reasons | {"chunked": _chunked.unsupported(q, layout, causal), "reference": None}
+    first = dispatch.preferred(q, layout)
+    return (
+        {first: reasons.pop(first)}
+        | reasons
+        | {
+            "chunked": _chunked.unsupported(q, layout, causal),
+            "reference": None,
+        }
+    )
 
 
 def probe(device: torch.device) -> dict[str, str | None]:
