@@ -203,8 +203,8 @@ def loop_kernel(
                 b_dk0, b_dk1 = dot_over_rows(b_ds, b_q0, b_q1, b_dk0, b_dk1, E1)
                 b_0, b_1 = zero_pair(BM, E0, E1)
                 b_dq0, b_dq1 = dot_over_rows(b_ds.T, b_k0, b_k1, b_0, b_1, E1)
-                # Masks, not branches: Triton 3.6 cannot pipeline a product used inside a branch. The
-                # scratch has whole tiles; masks of its rows would cost registers.
+                # Masks, not branches: Triton 3.6 cannot pipeline a product used inside a branch.
+                # The scratch has whole tiles; masks of its rows would cost registers.
                 stop = tl.minimum(n_k, row + BM) if IS_CAUSAL else n_k
                 m_old, m_new = (o_m >= 0) & (start > 0), (o_m >= 0) & (start + BN < stop)
                 b_old0, b_old1 = load_pair(partial_ptr, o_m, W, m_old, W, E0, E1)

@@ -144,8 +144,7 @@ def fwd_config(dtype: torch.dtype, E: int, max_seqlen: int, max_seqlen_k: int) -
 
 def _rows(x: Tensor) -> Tensor:
     """With one head's columns next to another's, as slices of a packed qkv have them."""
-    H, E = x.shape[1:]
-    return x if x.stride(2) == 1 and x.stride(1) == E else x.contiguous()
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def fwd(
@@ -255,7 +254,7 @@ def most_in_one_tile(dtype: torch.dtype, generation: int) -> int:
 
 
 class Loop(NamedTuple):
-    """The backward's loop on one generation: what spills no registers (README.md), largest first."""
+    """The backward's loop on one generation of GPUs: the largest tiles that spill little."""
 
     narrow: Config
     wide: Config
@@ -277,7 +276,7 @@ def bwd_config(
         return Config(BM, BN, num_warps=8 if max(BM, BN) == 128 else 4, num_stages=1)
     if dtype is torch.float32:
         return Config(16, min(BN, 32), num_warps=8, num_stages=1)
-    loop = _LOOPS[min(max(generation, 8), 10)]
+    loop = _LOOPS[sorted((8, generation, 10))[1]]
     loop = loop.narrow if E <= loop.widest_narrow else loop.wide
     return loop._replace(BM=min(BM, loop.BM), BN=min(BN, loop.BN))
 

@@ -1,4 +1,4 @@
-"""FLOPs of the operations of a step: those of torch's own counter, and ours, which it cannot see."""
+"""FLOPs of the operations of a step: torch's own formulas, and those of our operations."""
 
 from collections.abc import Callable
 

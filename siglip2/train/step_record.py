@@ -197,7 +197,11 @@ class Recorder(TorchDispatchMode):
     def know(self, x: Tensor, values: list) -> None:
         """The host may ask for the elements of `x`, fake: they are `values`, in order."""
         storage, key = x.untyped_storage(), _key(x)
-        dropped = lambda ref: self._host.pop(key) if self._host[key][0] is ref else None
+
+        def dropped(ref: weakref.ref) -> None:
+            if self._host[key][0] is ref:
+                del self._host[key]
+
         self._host[key] = weakref.ref(storage, dropped), values
 
     def _host_value(self, x: Tensor) -> float | int | bool:

@@ -90,7 +90,7 @@ def test_other_dtypes_build(build, dtype, capability, length):
 
 
 def test_forward_runs_two_blocks_a_multiprocessor_of_hopper():
-    """64k registers a multiprocessor, 228 KiB of shared memory, one of them the system's a block."""
+    """64k registers a multiprocessor; 228 KiB of shared memory, of which a block costs one more."""
     config = _triton.fwd_config(torch.bfloat16, 64, 256, 256)
     built = forward(torch.bfloat16, 64, 256, 90, False)
     registers = -(-built.registers // 8) * 8 * config.num_warps * 32

@@ -21,9 +21,9 @@ from siglip2.train import dry_run as module
 from siglip2.train import parallel, setup
 from siglip2.train.dry_run import dry_run
 from siglip2.train.dry_run_table import format_dry_run, human, memory_bytes
+from siglip2.train.flops import FLOPS
 from siglip2.train.optim import adamw
 from siglip2.train.step import TrainStep
-from siglip2.train.flops import FLOPS
 from siglip2.train.step_record import CASTS, LOSS, TOWERS, record_step
 
 FIXED, NAFLEX = "siglip2-tiny-patch8-32", "siglip2-tiny-patch8-naflex"
