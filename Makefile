@@ -27,10 +27,12 @@ $(PY):
 	@echo "creating $(VENV) and installing (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.train: pyproject.toml setup.py constraints.txt | $(PY)
+HOST_SOURCES := $(wildcard csrc/host/*)
+
+$(VENV)/.train: pyproject.toml setup.py constraints.txt $(HOST_SOURCES) | $(PY)
 	$(call install,quickstart)
 
-$(VENV)/.dev: pyproject.toml setup.py constraints.txt $(VENV)/.train
+$(VENV)/.dev: pyproject.toml setup.py constraints.txt $(HOST_SOURCES) $(VENV)/.train
 	$(call install,dev)
 
 train: $(VENV)/.train

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from siglip2.errors import Siglip2Error
 
-from . import options, readme
+from . import host_patchify, options, readme
 from .case import Case
 from .machine import ROOT, Machine, results_dir, this_machine
 from .plot import save_plot
@@ -15,6 +15,8 @@ from .progress import Progress
 from .report import compare, console, markdown
 from .result import Result, csv_rows, read_csv, read_json, write_csv, write_json
 from .runner import Request, run_case
+
+HOST = "host_patchify"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +46,11 @@ def save(result: Result, out: Path) -> Path:
 def _run(args: argparse.Namespace) -> int:
     if args.readme and not args.ops:
         return _write_readme(args.out)
+    if HOST in args.ops:
+        args.ops.remove(HOST)
+        status = _run_host(args)
+        if status or not args.ops:
+            return status
     cases = options.chosen_ops(args.ops)
     device = options.chosen_device(args.device)
     if args.list:
@@ -70,6 +77,15 @@ def _run(args: argparse.Namespace) -> int:
     if saved is not None:
         print(compare(results, saved, str(args.compare)))
     return _write_readme(args.out) if args.readme else 0
+
+
+def _run_host(args: argparse.Namespace) -> int:
+    """The host's work has no tensors to differentiate and no GPU: a script of its own."""
+    if args.list:
+        print(f"{HOST}\n  pictures to packed patches on one CPU core, and the whole loader")
+        return 0
+    json = [] if args.out is None else ["--json", str(args.out / f"{HOST}.json")]
+    return host_patchify.main(["--loader", *json])
 
 
 def _requests(

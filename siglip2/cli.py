@@ -187,12 +187,14 @@ def _doctor(argv: list[str]) -> int:
 def _env(argv: list[str]) -> None:
     from siglip2_kernels.report import report
 
+    from .data.packing import packing_backend
     from .train.run_dir import environment
 
     _parser("env").parse_args(argv)
     print(json.dumps(environment(), indent=1))
     for choice in report():
         print(choice)
+    print(f"images to patches: {packing_backend()}")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -277,7 +277,7 @@ def bwd_config(
     if dtype is torch.float32:
         return Config(16, min(BN, 32), num_warps=8, num_stages=1)
     loop = _LOOPS[sorted((8, generation, 10))[1]]
-    loop = loop.narrow if E <= loop.widest_narrow else loop.wide
+    loop = loop.narrow if loop.widest_narrow >= E else loop.wide
     return loop._replace(BM=min(BM, loop.BM), BN=min(BN, loop.BN))
 
 

@@ -108,10 +108,11 @@ def test_naflex_equals_siglip2_model_without_positions(head_width, num_heads, tm
     torch.nn.init.zeros_(model.vision.posemb)
     reference = theirs(model, tmp_path, torch.float64)
     assert type(reference).__name__ == "Siglip2Model"
-    images = random_images(GRIDS, architecture.vision.patch_size)
+    grids = [*GRIDS, (1, 60), (60, 1)]
+    images = random_images(grids, architecture.vision.patch_size)
     text = random_tokens(architecture)
-    expected = their_outputs_and_gradients(reference, padded(images, GRIDS), text)
-    actual = outputs_and_gradients(double(model), packed(images, GRIDS), text)
+    expected = their_outputs_and_gradients(reference, padded(images, grids), text)
+    actual = outputs_and_gradients(double(model), packed(images, grids), text)
     for results in (actual, expected):
         results.pop("vision_model.embeddings.position_embedding.weight")
     assert_equal_in_float64(actual, expected)
