@@ -1,7 +1,9 @@
-"""Random shifts for data sets small enough to be learned by heart.
+"""Random shifts and canvases for small data sets of square drawings.
 
 Not part of the published recipe.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -25,3 +27,21 @@ def random_shift(
     rows, columns = first_y + torch.arange(H)[:, None], first_x + torch.arange(W)
     which = torch.arange(B)[:, None, None]
     return padded[which, :, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+
+def on_canvas(
+    pixels: Tensor,  # (H, W, 3) uint8
+    max_aspect: float,
+    rng: np.random.Generator,
+) -> Tensor:  # (H', W', 3) uint8
+    """The picture, unscaled, anywhere on a white canvas that it fills one way.
+
+    Width over height is log-uniform from 1 / `max_aspect` to `max_aspect`.
+    """
+    H, W, _ = pixels.shape
+    aspect = math.exp(rng.uniform(-1, 1) * math.log(max_aspect))
+    height, width = max(H, round(W / aspect)), max(W, round(H * aspect))
+    canvas = pixels.new_full((height, width, 3), WHITE)
+    y, x = rng.integers(height - H + 1), rng.integers(width - W + 1)
+    canvas[y : y + H, x : x + W] = pixels
+    return canvas

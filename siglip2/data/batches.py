@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from siglip2.data.augment import random_shift
+from siglip2.data.budgets import Budgets
 from siglip2.data.captions import base_language
-from siglip2.data.images import Transform
+from siglip2.data.images import Decoded, Transform
 from siglip2.data.sources import IndexedSource
 from siglip2.data.types import BadSampleError, Example, PackedImages
 
 # Distinguish the random streams that share a seed.
-_ORDER, _CAPTIONS, SHARDS, BUFFER = range(4)
+_ORDER, _CAPTIONS, SHARDS, BUFFER, _CANVAS = range(5)
 
 
 def stable_id(group: str) -> int:
@@ -27,7 +28,7 @@ def stable_id(group: str) -> int:
 class Prepared(NamedTuple):
     """An example after decoding and resizing."""
 
-    image: Tensor | PackedImages  # uint8
+    image: Tensor | Decoded  # uint8; not yet resized where each drawing of it is another
     captions: tuple[tuple[str, str], ...]  # (language, text)
     group_id: int
     tokens: dict[str, Tensor]  # language -> ids, filled as they are drawn where batches are cached
@@ -44,6 +45,7 @@ class RawBatch(NamedTuple):
     skipped: list[BadSampleError]
     cursor: tuple[int, int, int] | None = None  # reader, epoch, examples taken of it
     failure: str | None = None  # why there is no batch
+    allowed: int = 0  # patches its budgets allow
 
 
 class Batcher:
@@ -59,19 +61,38 @@ class Batcher:
         rank: int,
         cache: bool,
         max_shift: float = 0.0,
+        budgets: Budgets | None = None,
     ):
         self.transform, self.tokenizer = transform, tokenizer
         self.max_shift = max_shift  # of the sides of an image
         self.captions_per_image = captions_per_image
         self.seed, self.rank, self.cache = seed, rank, cache
+        self.budgets = budgets
+        self._sizes_of: tuple[int, np.ndarray] | None = None  # of the batch in hand
+        # Whether an image is resized anew each time it is drawn.
+        self.is_fitted_late = budgets is not None or getattr(transform, "canvas_aspect", 1) > 1
 
     def prepare(self, example: Example) -> Prepared:
+        prepare = self.transform.decode if self.is_fitted_late else self.transform.prepare
         try:
-            image = self.transform.prepare(example.image)
+            image = prepare(example.image)
         except BadSampleError as error:
             raise BadSampleError(error.reason, example.key) from None
         captions = tuple(example.captions.items())
         return Prepared(image, captions, stable_id(example.group), {})
+
+    def fit(self, found: Prepared, number: int, place: int) -> Prepared:
+        """`found` as image `place` of batch `number` shows it."""
+        if not self.is_fitted_late:
+            return found
+        size = None if self.budgets is None else int(self._sizes(number)[place])
+        rng = np.random.default_rng([_CANVAS, self.seed, self.rank, number, place])
+        return found._replace(image=self.transform.fit(found.image, size, rng))
+
+    def _sizes(self, number: int) -> np.ndarray:  # (B,)
+        if self._sizes_of is None or self._sizes_of[0] != number:
+            self._sizes_of = number, self.budgets.of_rank(number, self.rank)
+        return self._sizes_of[1]
 
     def _tokens(self, drawn: list[tuple[Prepared, int]]) -> Tensor:  # (M, L)
         if not self.cache:
@@ -116,6 +137,7 @@ class Batcher:
             languages=[base_language(p.captions[i][0]) for p, i in drawn],
             skipped=skipped,
             cursor=cursor,
+            allowed=0 if self.budgets is None else int(self._sizes(number).sum()),
         )
 
 
@@ -211,7 +233,7 @@ class IndexedBatches(Dataset):
             for index in self._candidates(place):
                 found = self._prepared(index)
                 if isinstance(found, Prepared):
-                    examples.append(found)
+                    examples.append(self.batcher.fit(found, number, len(examples)))
                     break
                 skipped.append(found)
             else:

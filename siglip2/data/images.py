@@ -7,14 +7,16 @@ processors do and within 2 grey levels of its Pillow ones.
 import io
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from siglip2.data.augment import on_canvas
 from siglip2.data.packing import pack_patches, pillow_pixels, resize_uint8
 from siglip2.data.types import BadSampleError, PackedImages
 from siglip2.errors import require
@@ -115,16 +117,26 @@ def pack(images: Sequence[PackedImages]) -> PackedImages:
     )
 
 
-def _prepared(
-    image: "Image | bytes", size_of: SizeOf, max_image_pixels: int, jpeg_draft: bool
-) -> Tensor:  # (*size, 3) uint8
+class Decoded(NamedTuple):
+    """A picture before it is resized."""
+
+    pixels: Tensor  # (H, W, 3 or 4) uint8, the fourth without meaning; a draft's are fewer
+    height: int  # of the file
+    width: int
+
+
+def _pixels(image: "Image | bytes", max_image_pixels: int, draft_size: SizeOf | None) -> Decoded:
+    """Raises BadSampleError."""
     if isinstance(image, bytes | bytearray | memoryview):
-        rgb, size = _decoded(image, max_image_pixels, size_of if jpeg_draft else None)
+        rgb, size = _decoded(image, max_image_pixels, draft_size)
     elif 0 in image.size:
         raise BadSampleError("image without pixels")
     else:
         rgb, size = _to_rgb(image), (image.height, image.width)
-    pixels, size = pillow_pixels(rgb), size_of(*size)
+    return Decoded(pillow_pixels(rgb), *size)
+
+
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:  # (*size, 3) uint8
     if pixels.shape[:2] == size:
         return pixels[..., :3].clone()  # the picture may be the caller's
     return resize_uint8(pixels, size)[..., :3]
@@ -156,8 +168,9 @@ class FixedTransform:
         return self.image_size, self.image_size
 
     def prepare(self, image: "Image | bytes") -> Tensor:  # (3, S, S) uint8
-        pixels = _prepared(image, self.size, self.max_image_pixels, self.jpeg_draft)
-        return pixels.permute(2, 0, 1).contiguous()
+        draft_size = self.size if self.jpeg_draft else None
+        pixels, *size = _pixels(image, self.max_image_pixels, draft_size)
+        return _resized(pixels, self.size(*size)).permute(2, 0, 1).contiguous()
 
     def stack(self, prepared: Sequence[Tensor]) -> Tensor:  # (B, 3, S, S) uint8
         return torch.stack(list(prepared))
@@ -178,8 +191,11 @@ class NaflexTransform:
 
     Called on one picture it returns uint8 patches: the model folds x / 127.5 - 1 into its patch
     embedding. `prepare` returns the resized picture, which `stack` packs with all of its batch.
+    `decode` and `fit` are its two halves, for pictures that are resized anew each time.
 
     Args:
+        canvas_aspect: Above 1 pictures are put on white canvases of aspect ratios up to this and
+            its inverse (`siglip2.data.augment.on_canvas`).
         jpeg_draft: As for `FixedTransform`.
     """
 
@@ -188,19 +204,51 @@ class NaflexTransform:
         patch_size: int,
         max_num_patches: int,
         *,
+        canvas_aspect: float = 1.0,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         jpeg_draft: bool = False,
     ):
         self.patch_size = patch_size
         self.max_num_patches = max_num_patches
+        self.canvas_aspect = canvas_aspect
         self.max_image_pixels, self.jpeg_draft = max_image_pixels, jpeg_draft
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Pixels (height, width) a picture of this height and width is resized to."""
         return naflex_size(height, width, self.patch_size, self.max_num_patches)
 
+    def at(self, max_num_patches: int) -> "NaflexTransform":
+        """The same with another budget."""
+        return NaflexTransform(
+            self.patch_size,
+            max_num_patches,
+            canvas_aspect=self.canvas_aspect,
+            max_image_pixels=self.max_image_pixels,
+            jpeg_draft=self.jpeg_draft,
+        )
+
+    def decode(self, image: "Image | bytes") -> Decoded:
+        """Raises BadSampleError."""
+        return _pixels(image, self.max_image_pixels, self.size if self.jpeg_draft else None)
+
+    def fit(
+        self,
+        decoded: Decoded,
+        max_num_patches: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Tensor:  # (H, W, 3) uint8
+        """The picture at a budget; without `rng` its canvas depends on its pixels alone."""
+        pixels, height, width = decoded
+        if self.canvas_aspect > 1:
+            if rng is None:
+                rng = np.random.default_rng(zlib.crc32(pixels.numpy()))
+            pixels = on_canvas(pixels[..., :3], self.canvas_aspect, rng)
+            height, width = pixels.shape[:2]
+        budget = max_num_patches or self.max_num_patches
+        return _resized(pixels, naflex_size(height, width, self.patch_size, budget))
+
     def prepare(self, image: "Image | bytes") -> Tensor:  # (H, W, 3) uint8
-        return _prepared(image, self.size, self.max_image_pixels, self.jpeg_draft)
+        return self.fit(self.decode(image))
 
     def stack(self, prepared: Sequence[Tensor]) -> PackedImages:
         return pack_patches(prepared, self.patch_size)

@@ -9,11 +9,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from siglip2.data.batches import Batcher, IndexedBatches, RawBatch
+from siglip2.data.budgets import Budgets
 from siglip2.data.eval_loader import EvalBatch, EvalLoader
-from siglip2.data.images import FixedTransform, Transform
+from siglip2.data.images import FixedTransform, NaflexTransform, Transform
 from siglip2.data.skipped import Skipped, _log
 from siglip2.data.sources import ShardSource, Source
 from siglip2.data.streamed_batches import StreamedBatches
+from siglip2.data.types import PackedImages
 from siglip2.errors import DataError
 
 __all__ = ["EvalBatch", "EvalLoader", "TrainLoader", "merge_states"]
@@ -35,6 +37,7 @@ class TrainLoader:
         cache_images: Keep prepared images and token ids in memory; reads in this process.
         keep_groups: Images of one group (drawings of one thing) come in one batch.
         random_shift: Move each image by up to this share of its sides; fixed resolution only.
+        budgets: Patches each image may have (NaFlex); None: the transform's `max_num_patches`.
 
     Raises DataError: too few shards, a state of another run, or no example that can be used.
     """
@@ -55,6 +58,7 @@ class TrainLoader:
         cache_images: bool = False,
         keep_groups: bool = False,
         random_shift: float = 0.0,
+        budgets: Budgets | None = None,
     ):
         if min(batch_size, captions_per_image, world_size, shuffle_buffer) < 1 or workers < 0:
             raise DataError(
@@ -68,7 +72,10 @@ class TrainLoader:
                 "data.random_shift must be in [0, 0.5), and 0 for NaFlex models;"
                 f" got {random_shift}"
             )
-        self.source, self.transform = source, transform
+        if budgets is not None and not isinstance(transform, NaflexTransform):
+            raise DataError("data.patch_budgets are for NaFlex models; this one has a fixed size")
+        self.source, self.transform, self.budgets = source, transform, budgets
+        self._packed: dict[str, float] = {}
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.shuffle_buffer, self.keep_groups = shuffle_buffer, keep_groups
         self.workers = _usable_workers(source, workers, world_size, cache_images)
@@ -80,6 +87,7 @@ class TrainLoader:
             rank=rank,
             cache=cache_images,
             max_shift=random_shift,
+            budgets=budgets,
         )
         self._indexed = None
         if not isinstance(source, ShardSource):
@@ -153,6 +161,7 @@ class TrainLoader:
         self._skipped.add(raw.skipped)
         if raw.failure is not None:
             raise DataError(raw.failure)
+        parts = self._note(raw)
         self._number += 1
         if raw.cursor is not None:
             reader, *cursor = raw.cursor
@@ -163,7 +172,26 @@ class TrainLoader:
             "image_ids": raw.image_ids,
             "text_ids": raw.text_ids,
             "languages": raw.languages,
+            **parts,
         }
+
+    def _note(self, raw: RawBatch) -> dict[str, int]:
+        """Remembers how full the batch is; the parts it is to be computed in, if several."""
+        if not isinstance(raw.image, PackedImages):
+            return {}
+        self._packed = {"data/tokens": float(raw.image.patches.shape[0])}
+        if self.budgets is None:
+            return {}
+        self._packed["data/fill"] = self._packed["data/tokens"] / raw.allowed
+        self._packed["data/balance"] = self.budgets.balance(self._number)
+        parts = self.budgets.parts(self._number)
+        return {"accum_steps": parts} if parts > 1 else {}
+
+    def packing(self) -> dict[str, float]:
+        """Of the last batch: its patches, their share of what the budgets allow, and the work of
+        the rank that has most over the mean rank's. Empty for fixed sizes.
+        """
+        return dict(self._packed)
 
     def report(self) -> dict[str, int]:
         """Examples skipped so far, by reason (of all workers of this rank)."""

@@ -85,7 +85,8 @@ class StreamedBatches(IterableDataset):
                 try:
                     if isinstance(item, BadSampleError):
                         raise item
-                    examples.append(self.batcher.prepare(item))
+                    found = self.batcher.prepare(item)
+                    examples.append(self.batcher.fit(found, number, len(examples)))
                     good = True
                 except BadSampleError as error:
                     skipped.append(BadSampleError(error.reason, error.key))
