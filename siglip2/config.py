@@ -47,7 +47,11 @@ class DataConfig:
     val: str | dict[str, str] | None = None  # one source, or name -> source
     tokenizer: str | None = None  # tokenizer.json, .model or hub id; None: the data set's own
     captions_per_image: int = 1  # captions drawn (without replacement) for each image of a batch
-    max_num_patches: int = 256  # NaFlex: most patches an image may have
+    max_num_patches: int = 256  # NaFlex: most patches an image may have where no budget is drawn
+    patch_budgets: tuple[int, ...] = ()  # NaFlex: drawn uniformly in training (section 2.4.2)
+    budget_mode: Literal["batch", "mixed"] = "batch"  # one for a mini-batch, as published, or each
+    max_tokens: int | None = None  # patches a device computes at a time; None: no bound
+    canvas_aspect: float = 1.0  # NaFlex: small data sets of square pictures, not in the recipe
     train_num_samples: int | None = None  # samples in one epoch of streamed shards; None: all
     resampled: bool = False  # draw shards with replacement (more readers than shards)
     shuffle_buffer: int = 10_000  # encoded examples held for shuffling, per reader
@@ -72,6 +76,7 @@ class OptimConfig:
     grad_clip_norm: float = 1.0  # global norm
     warmup_examples: int = 655_360_000  # 20,000 steps of 32,768
     min_lr_fraction: float = 0.0  # of the peak, at the end of the cosine
+    cosine_start: float = 0.0  # share of the cosine that an earlier stage ran (section 2.4.2: 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,7 @@ class EvalConfig:
 
     batch_size: int = 256
     max_images: int | None = None  # None: all
+    budgets: tuple[int, ...] = ()  # NaFlex: also evaluate at each of these numbers of patches
     chunk_size: int = 4096  # rows of the similarity matrix held at a time
     classes: str | None = None  # JSON file {"classes", "templates"}, or "captions:en": the captions
     activation: Literal["softmax", "sigmoid"] = "softmax"  # of the reported class probability

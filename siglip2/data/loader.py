@@ -14,7 +14,7 @@ from siglip2.data.eval_loader import EvalBatch, EvalLoader
 from siglip2.data.images import FixedTransform, NaflexTransform, Transform
 from siglip2.data.skipped import Skipped, _log
 from siglip2.data.sources import ShardSource, Source
-from siglip2.data.streamed_batches import StreamedBatches
+from siglip2.data.streamed_batches import StreamedBatches, usable_workers
 from siglip2.data.types import PackedImages
 from siglip2.errors import DataError
 
@@ -65,20 +65,12 @@ class TrainLoader:
                 "need batch_size, captions_per_image, shuffle_buffer >= 1 and workers >= 0; got "
                 f"{batch_size}, {captions_per_image}, {shuffle_buffer}, {workers}"
             )
-        if not 0 <= random_shift < 0.5 or (
-            random_shift and not isinstance(transform, FixedTransform)
-        ):
-            raise DataError(
-                "data.random_shift must be in [0, 0.5), and 0 for NaFlex models;"
-                f" got {random_shift}"
-            )
-        if budgets is not None and not isinstance(transform, NaflexTransform):
-            raise DataError("data.patch_budgets are for NaFlex models; this one has a fixed size")
+        _check_options(transform, random_shift, budgets)
         self.source, self.transform, self.budgets = source, transform, budgets
         self._packed: dict[str, float] = {}
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.shuffle_buffer, self.keep_groups = shuffle_buffer, keep_groups
-        self.workers = _usable_workers(source, workers, world_size, cache_images)
+        self.workers = usable_workers(source, workers, world_size, cache_images)
         self._batcher = Batcher(
             transform,
             tokenizer,
@@ -258,34 +250,18 @@ class TrainLoader:
         self._batches = None
 
 
+def _check_options(transform: Transform, random_shift: float, budgets: Budgets | None) -> None:
+    if not 0 <= random_shift < 0.5 or (random_shift and not isinstance(transform, FixedTransform)):
+        raise DataError(
+            f"data.random_shift must be in [0, 0.5), and 0 for NaFlex models; got {random_shift}"
+        )
+    if budgets is not None and not isinstance(transform, NaflexTransform):
+        raise DataError("data.patch_budgets are for NaFlex models; this one has a fixed size")
+
+
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One state of all ranks' `state_dict`s, rank 0's first."""
     merged = dict(states[0])
     if "cursors" in merged:
         merged["cursors"] = {k: at for state in states for k, at in state["cursors"].items()}
     return merged
-
-
-def _usable_workers(source: Source, workers: int, world_size: int, cache_images: bool) -> int:
-    if not isinstance(source, ShardSource):
-        return 0 if cache_images else workers
-    if cache_images:
-        raise DataError(
-            f"data.cache_images needs a source that fits in memory; {source.name!r} is streamed"
-        )
-    shards = len(source.shards)
-    readers = world_size * max(workers, 1)
-    if source.resampled or readers <= shards:
-        return workers
-    said = (
-        f"{shards} shards for {world_size} ranks x {max(workers, 1)} workers ({readers} readers of "
-        f"{source.name!r})"
-    )
-    if shards < world_size:
-        raise DataError(
-            f"{said}: each rank needs a shard. Write more shards, use fewer ranks, or set "
-            "data.resampled=true."
-        )
-    workers = shards // world_size
-    _log.warning("%s: using data.workers=%d; data.resampled=true would use all", said, workers)
-    return workers

@@ -7,8 +7,10 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from siglip2.data.batches import BUFFER, SHARDS, Batcher, Prepared, RawBatch, all_bad, failed
-from siglip2.data.sources import ShardSource
+from siglip2.data.skipped import _log
+from siglip2.data.sources import ShardSource, Source
 from siglip2.data.types import BadSampleError, Example
+from siglip2.errors import DataError
 
 
 class StreamedBatches(IterableDataset):
@@ -100,3 +102,29 @@ class StreamedBatches(IterableDataset):
                 yield failed(all_bad(self.source.name, taken, skipped), skipped)
                 return
             epoch, taken, good = epoch + 1, 0, False
+
+
+def usable_workers(source: Source, workers: int, world_size: int, cache_images: bool) -> int:
+    """How many reader processes `source` keeps busy on each rank.  Raises DataError."""
+    if not isinstance(source, ShardSource):
+        return 0 if cache_images else workers
+    if cache_images:
+        raise DataError(
+            f"data.cache_images needs a source that fits in memory; {source.name!r} is streamed"
+        )
+    shards = len(source.shards)
+    readers = world_size * max(workers, 1)
+    if source.resampled or readers <= shards:
+        return workers
+    said = (
+        f"{shards} shards for {world_size} ranks x {max(workers, 1)} workers ({readers} readers of "
+        f"{source.name!r})"
+    )
+    if shards < world_size:
+        raise DataError(
+            f"{said}: each rank needs a shard. Write more shards, use fewer ranks, or set "
+            "data.resampled=true."
+        )
+    workers = shards // world_size
+    _log.warning("%s: using data.workers=%d; data.resampled=true would use all", said, workers)
+    return workers

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from siglip2.data.types import PackedImages
 from siglip2.eval.zero_shot import Tokenizer
 from siglip2.models.siglip2 import Siglip2
 
@@ -20,6 +21,7 @@ class EmbeddedImages(NamedTuple):
     groups: list[str]
     subsets: list[str]
     keys: list[str]
+    num_patches: float = 0.0  # mean over images; 0 for a fixed resolution
 
 
 class TextTable(NamedTuple):
@@ -49,16 +51,20 @@ def embed_images(
     model: Siglip2, batches: Iterable, *, progress: Callable[[int], None] | None = None
 ) -> EmbeddedImages:
     """Embeddings of an `EvalLoader`'s batches; `progress` gets the number of images done."""
-    parts, found = [], EmbeddedImages(torch.empty(0), [], [], [], [])
+    parts, found, num_patches = [], EmbeddedImages(torch.empty(0), [], [], [], []), 0
     for batch in batches:
         parts.append(model.encode_image(batch.image, normalize=True))
         found.captions.extend(batch.captions)
         found.groups.extend(batch.groups)
         found.subsets.extend(batch.subsets)
         found.keys.extend(batch.keys)
+        if isinstance(batch.image, PackedImages):
+            num_patches += batch.image.patches.shape[0]
         if progress:
             progress(len(found.keys))
-    return found._replace(img=torch.cat(parts)) if parts else found
+    if not parts:
+        return found
+    return found._replace(img=torch.cat(parts), num_patches=num_patches / len(found.keys))
 
 
 def same_picture(

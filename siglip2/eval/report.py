@@ -10,6 +10,7 @@ from siglip2.errors import DataError, require
 from siglip2.eval.charts import line_chart, number
 from siglip2.eval.gallery import Gallery, load_gallery
 from siglip2.eval.page import page
+from siglip2.eval.resolutions import budget_section
 from siglip2.eval.sections import gallery_section, humanize, percent, retrieval, tile
 from siglip2.files import write_atomic
 
@@ -199,6 +200,9 @@ def write_report(run_dir: str | Path) -> Path:
             " wrong.</p>"
         )
         body.append(retrieval(result["sources"]))
+    if result.get("budgets"):
+        links.append(("budgets", "Resolutions"))
+        body.append(budget_section(result["budgets"]))
     if gallery.sources:
         links.append(("examples", "Examples"))
         body.append(_galleries(gallery))

@@ -7,8 +7,8 @@ false. In a distributed run rank 0 calls `evaluate` and the other ranks wait.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ CAPTIONS_PREFIX = "captions:"  # eval.classes "captions:en": the captions are th
 class EvalResult:
     """`sources[name][subset]` holds languages[tag], mean, num_images, and zero_shot if asked for.
 
-    num_images is the best covered language's.
+    num_images is the best covered language's. `budgets` has a row for each number of patches asked
+    for, source and subset: the same means at that budget.
     """
 
     sources: dict[str, dict[str, dict[str, Any]]]
     num_parameters: int
     device: str
+    budgets: list[dict[str, Any]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Flat scalars: `val/<source>/<subset>/<language or mean>/i2t_r1`, `.../zero_shot/top1`."""
@@ -70,6 +72,9 @@ class EvalResult:
                     flat |= {
                         f"{prefix}/{table}/{k}": v for k, v in values.items() if type(v) is float
                     }
+        for row in self.budgets:
+            prefix = f"val/{row['source']}/{row['subset']}/at_{row['budget']}"
+            flat |= {f"{prefix}/{k}": v for k, v in row["mean"].items() if type(v) is float}
         return flat
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +82,7 @@ class EvalResult:
             "num_parameters": self.num_parameters,
             "device": self.device,
             "sources": self.sources,
+            "budgets": self.budgets,
             "metrics": self.metrics(),
         }
 
@@ -144,8 +150,9 @@ def _subset(found: EmbeddedImages, texts: TextTable, *, chunk_size: int) -> dict
 
 def _select(found: EmbeddedImages, subset: str) -> EmbeddedImages:
     rows = [i for i, name in enumerate(found.subsets) if name == subset]
-    lists = ([values[i] for i in rows] for values in found[1:])
-    return EmbeddedImages(found.img[torch.tensor(rows, device=found.img.device)], *lists)
+    img = found.img[torch.tensor(rows, device=found.img.device)]
+    lists = ([values[i] for i in rows] for values in found[1:5])
+    return EmbeddedImages(img, *lists, found.num_patches)
 
 
 def _zero_shot(
@@ -223,6 +230,7 @@ def evaluate(
     tokenizer: Tokenizer,
     config: EvalConfig,
     *,
+    seen_budgets: Sequence[int] = (),
     progress: Callable[[str], None] | None = None,
 ) -> EvalResult:
     """Retrieval, and zero-shot classification where `config.classes` is set, on each named source.
@@ -231,29 +239,49 @@ def evaluate(
         sources: Name -> source, as `siglip2.data.open_source` returns it.
         config: `classes` is a JSON file (`read_classes`), or "captions:en" to take the captions of
             a language as the classes. An image of none of the classes is left out and counted in
-            `num_without_class`.
+            `num_without_class`. At each of its `budgets` everything is evaluated again.
+        seen_budgets: Numbers of patches the model was trained at, marked in the rows of `budgets`.
         progress: Called with a short sentence now and then.
 
     The model is put in evaluation mode and back. Raises DataError for a source without images or
     captions and ValueError when embeddings are not finite.
     """
-    from siglip2.data import EvalLoader
-
-    def say(text: str) -> None:
-        if progress:
-            progress(text)
-
-    results = {}
+    if config.budgets and not hasattr(transform, "at"):
+        raise DataError("eval.budgets are for NaFlex models; this one has a fixed resolution")
+    say = progress or (lambda text: None)
+    results, rows = {}, []
     with inference(model):
         for name, source in sources.items():
-            loader = EvalLoader(
-                source, transform, batch_size=config.batch_size, max_images=config.max_images
-            )
-            found = embed_images(
-                model, loader, progress=lambda n, name=name: say(f"evaluating {name}: {n} images")
-            )
-            if not found.keys:
-                raise DataError(f"evaluation source {name!r} has no image that can be read")
+            found = _embedded(model, name, source, transform, config, say)
             results[name] = dict(_source(model, name, found, tokenizer, config))
+            for budget in config.budgets:
+                at = f"{name} at {budget} patches"
+                found = _embedded(model, at, source, transform.at(budget), config, say)
+                of_budget = {"source": name, "budget": budget, "seen": budget in seen_budgets}
+                rows += [
+                    {**of_budget, "subset": subset, "num_patches": found.num_patches, **out}
+                    for subset, out in _source(model, name, found, tokenizer, config)
+                ]
+    for row in rows:
+        del row["languages"]
     num_parameters = sum(p.numel() for p in model.parameters())
-    return EvalResult(results, num_parameters, device_name(model.device))
+    return EvalResult(results, num_parameters, device_name(model.device), rows)
+
+
+def _embedded(
+    model: Siglip2,
+    name: str,
+    source: Any,
+    transform: Any,
+    config: EvalConfig,
+    say: Callable[[str], None],
+) -> EmbeddedImages:
+    from siglip2.data import EvalLoader
+
+    loader = EvalLoader(
+        source, transform, batch_size=config.batch_size, max_images=config.max_images
+    )
+    found = embed_images(model, loader, progress=lambda n: say(f"evaluating {name}: {n} images"))
+    if not found.keys:
+        raise DataError(f"evaluation source {name!r} has no image that can be read")
+    return found

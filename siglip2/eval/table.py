@@ -52,7 +52,34 @@ def format_table(
                     f" top-5 {100 * z['top5']:.1f} of {z['num_images']} images,"
                     f" {z['num_classes']} classes"
                 )
-    return "\n".join(lines)
+    return "\n".join(lines + _budget_lines(result))
+
+
+def _budget_lines(result: EvalResult) -> list[str]:
+    """A line for each budget, source and subset."""
+    if not result.budgets:
+        return []
+    head = ("patches", "trained", "mean", "source", "subset", "i2t R@1", "t2i R@1", "chance R@1")
+    rows = [head]
+    for row in result.budgets:
+        mean = row["mean"]
+        recalls = (mean[name] for name in ("i2t_r1", "t2i_r1", "chance_i2t_r1"))
+        rows.append(
+            (
+                str(row["budget"]),
+                "yes" if row["seen"] else "no",
+                f"{row['num_patches']:.1f}",
+                row["source"],
+                row["subset"],
+                *(f"{100 * value:.1f}" for value in recalls),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = (
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return ["", "At each number of patches an image may have:", *aligned]
 
 
 def print_result(result: EvalResult, *, language: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def create_model(
         text = architecture_of(checkpoint).text
         own = {"vocab_size": text.vocab_size, "text_length": text.length, "text_pool": text.pool}
         merged = {key: own[key] if value is None else value for key, value in asked.items()}
-        return _loaded(checkpoint, architecture(name, **merged), dtype, device)
+        return _as_asked(checkpoint, architecture(name, **merged), dtype, device)
     # Parameters come uninitialised from the constructor: init_weights is the only initialisation.
     with torch.device(device or "cpu"):
         model = Siglip2(arch, init_temperature=init_temperature, init_bias=init_bias, dtype=dtype)
@@ -76,6 +77,23 @@ def create_model(
         model.text.init_weights()
         _fill_vision(model, checkpoint)
         log.info("%s: vision tower from %s; text tower at random", name, checkpoint.name)
+    return model
+
+
+def _as_asked(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Siglip2:
+    """`checkpoint` as `arch`. A tower of one resolution may go on as a NaFlex one (section 2.4.2):
+    its patch embedding and position table are laid out alike.
+    """
+    fixed = replace(arch, vision=replace(arch.vision, is_naflex=False))
+    if not arch.vision.is_naflex or architecture_of(checkpoint).vision != fixed.vision:
+        return _loaded(checkpoint, arch, dtype, device)
+    model = _loaded(checkpoint, fixed, dtype, device)
+    model.architecture, model.vision.config = arch, arch.vision
     return model
 
 

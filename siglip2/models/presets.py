@@ -47,6 +47,7 @@ class Architecture:
     text: TextConfig
 
 
+_FIXED_QUICK = "siglip2-quickstart-patch8-32"
 _TINY = TowerSize(width=64, depth=2, mlp_width=128, num_heads=2)
 _QUICK = TowerSize(width=128, depth=3, mlp_width=256, num_heads=2)
 _QUICK_TEXT = TowerSize(width=64, depth=2, mlp_width=256, num_heads=1)
@@ -87,9 +88,9 @@ def _table() -> dict[str, Architecture]:
         table[f"siglip2-{name}-patch16-naflex"] = _pair(size, 16, 256, is_naflex=True)
 
     quick = _pair(_QUICK, 8, 32, _QUICK_TEXT)
-    table["siglip2-quickstart-patch8-32"] = replace(
-        quick, text=replace(quick.text, vocab_size=8192)
-    )
+    table[_FIXED_QUICK] = replace(quick, text=replace(quick.text, vocab_size=8192))
+    flexible = _pair(_QUICK, 8, 48, _QUICK_TEXT, is_naflex=True)
+    table["siglip2-quickstart-patch8-naflex"] = replace(flexible, text=table[_FIXED_QUICK].text)
     for name, is_naflex in (
         ("siglip2-tiny-patch8-32", False),
         ("siglip2-tiny-patch8-naflex", True),

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from ..errors import ConfigError
@@ -62,10 +63,51 @@ def b16_256() -> Config:
     )
 
 
+def naflex_quickstart() -> Config:
+    """The quick start at native aspect ratios: packed batches of 16, 36 or 64 patches an image."""
+    start = quickstart()
+    return replace(
+        start,
+        model=replace(start.model, name="siglip2-quickstart-patch8-naflex"),
+        data=replace(
+            start.data,
+            patch_budgets=(16, 36, 64),
+            max_num_patches=64,
+            canvas_aspect=2.0,  # the drawings are square; canvases of 1:2 to 2:1 are not
+            random_shift=0.0,  # drawings are anywhere on their canvases
+        ),
+        train=replace(start.train, output_dir="runs/naflex-quickstart", examples=320_000),
+        eval=replace(start.eval, budgets=(9, 16, 25, 36, 49, 64, 100)),
+    )
+
+
+def b16_naflex() -> Config:
+    """The published NaFlex stage for B/16 (SigLIP 2, section 2.4.2), from a 256-pixel checkpoint.
+
+    The last tenth of the schedule, stretched 3.75 times. The paper halves the batch at 1,024
+    patches; here it is computed in parts, with the loss over all of it.
+    """
+    return Config(
+        model=ModelConfig(name="siglip2-base-patch16-naflex", pretrained="runs/b16-256/export"),
+        data=DataConfig(
+            train="data/train-{00000..99999}.tar",
+            resampled=True,
+            patch_budgets=(128, 256, 576, 784, 1024),
+            max_tokens=262_144,
+        ),
+        optim=OptimConfig(warmup_examples=0, cosine_start=0.9),
+        train=TrainConfig(
+            output_dir="runs/b16-naflex", examples=15_000_000_000, batch_size=512, compile=True
+        ),
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "quickstart": quickstart,
     "finetune": finetune,
     "b16-256": b16_256,
+    "naflex-quickstart": naflex_quickstart,
+    "b16-naflex": b16_naflex,
 }
 
 

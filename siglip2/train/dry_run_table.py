@@ -25,7 +25,9 @@ def _heading(run: DryRun) -> str:
     side = vision.image_size
     size = f"{side} x {side} pixels"
     if vision.is_naflex:
-        size = f"{config.data.max_num_patches} patches each (data.max_num_patches, the worst case)"
+        budgets, most = config.data.patch_budgets, config.data.max_num_patches
+        N, name = (max(budgets), "patch_budgets") if budgets else (most, "max_num_patches")
+        size = f"{N} patches each (data.{name}, the worst case)"
     text = run.architecture.text
     source = f", weights of {config.model.pretrained} not read" if config.model.pretrained else ""
     return (

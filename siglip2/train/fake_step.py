@@ -85,7 +85,7 @@ def fake_batch(
     B, M = config.train.batch_size, config.train.batch_size * config.data.captions_per_image
     vision = arch.vision
     if vision.is_naflex:
-        N = config.data.max_num_patches
+        N = max(config.data.patch_budgets, default=config.data.max_num_patches)
         h = next(h for h in range(math.isqrt(N), 0, -1) if N % h == 0)
         grid_hw = torch.empty(B, 2, dtype=torch.int32)
         known.append((grid_hw, [h, N // h] * B))

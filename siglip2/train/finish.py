@@ -45,6 +45,7 @@ def evaluate_run(run: Any, model: Siglip2) -> Any:
             run.transform,
             run.tokenizer,
             run.config.eval,
+            seen_budgets=run.config.data.patch_budgets,
             progress=progress,
         )
 

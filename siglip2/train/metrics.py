@@ -87,13 +87,19 @@ def console_line(row: dict[str, Any], num_steps: int, eta_s: float) -> str:
     memory = (
         f" | mem {row['mem/max_reserved_gib']:.1f} GiB" if "mem/max_reserved_gib" in row else ""
     )
+    packed = ""
+    if "data/fill" in row:
+        packed = (
+            f" | {row['data/tokens']:.0f} patches, fill {100 * row['data/fill']:.0f}%"
+            f" balance {row['data/balance']:.2f}"
+        )
     return (
         f"step {row['step']}/{num_steps} ({100 * row['step'] / num_steps:.1f}%) eta {_clock(eta_s)}"
         f" | loss {row['train/loss']:.4f} ({terms})"
         f" | t {row['train/logit_scale']:.1f} b {row['train/logit_bias']:.2f}"
         f" | lr {row['train/lr']:.1e} gnorm {row['train/grad_norm']:.2f}"
         f" | {row['perf/samples_per_second']:.0f} img/s"
-        f" data {row['perf/data_time_pct']:.0f}%{memory}"
+        f" data {row['perf/data_time_pct']:.0f}%{packed}{memory}"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..config import Config, DataConfig, DistConfig
+from ..data.budgets import Budgets, attention_tokens
 from ..errors import ConfigError
 from ..losses import SigLipLoss
 from ..models.factory import create_model
@@ -69,16 +70,39 @@ def build_transform(model: Siglip2, data: DataConfig) -> Any:
     vision = model.architecture.vision
     if vision.is_naflex:
         return NaflexTransform(
-            vision.patch_size, data.max_num_patches, max_image_pixels=data.max_image_pixels
+            vision.patch_size,
+            data.max_num_patches,
+            canvas_aspect=data.canvas_aspect,
+            max_image_pixels=data.max_image_pixels,
         )
     return FixedTransform(vision.image_size, max_image_pixels=data.max_image_pixels)
+
+
+def build_budgets(config: Config, *, world_size: int) -> Budgets | None:
+    """What `data.patch_budgets` asks for; None without."""
+    if not config.data.patch_budgets:
+        return None
+    size = architecture(config.model.name).vision.size
+    return Budgets(
+        config.data.patch_budgets,
+        mode=config.data.budget_mode,
+        batch_size=config.train.batch_size,
+        world_size=world_size,
+        seed=config.train.seed,
+        max_tokens=config.data.max_tokens,
+        attention_tokens=attention_tokens(size.width, size.mlp_width),
+    )
 
 
 def build_schedule(config: Config) -> Callable[[float], float]:
     """Share of the peak learning rate at so many examples seen."""
     optim, total = config.optim, config.train.examples
     return lambda examples: warmup_cosine(
-        examples, warmup=optim.warmup_examples, total=total, floor=optim.min_lr_fraction
+        examples,
+        warmup=optim.warmup_examples,
+        total=total,
+        floor=optim.min_lr_fraction,
+        start=optim.cosine_start,
     )
 
 
@@ -114,8 +138,36 @@ def check(config: Config) -> None:
             f" got {train.accum_steps}"
         )
     try:
-        architecture(config.model.name)
+        vision = architecture(config.model.name).vision
     except ValueError as error:
         faults.append(f"model.name: {error}")
+    else:
+        faults += _naflex_faults(config, is_naflex=vision.is_naflex)
     if faults:
         raise ConfigError("; ".join(faults))
+
+
+def _naflex_faults(config: Config, *, is_naflex: bool) -> list[str]:
+    """What is wrong with settings that only NaFlex models have."""
+    data, faults = config.data, []
+    asked = {
+        "data.patch_budgets": data.patch_budgets,
+        "data.max_tokens": data.max_tokens,
+        "data.canvas_aspect": data.canvas_aspect != 1,
+        "eval.budgets": config.eval.budgets,
+    }
+    if not is_naflex:
+        faults += [
+            f"{name}: {config.model.name} has a fixed resolution; it is for '-naflex' models"
+            for name, value in asked.items()
+            if value
+        ]
+    if data.max_tokens is not None and not data.patch_budgets:
+        faults.append("data.max_tokens: needs data.patch_budgets")
+    if min((data.max_num_patches, *data.patch_budgets, *config.eval.budgets)) < 1:
+        faults.append("data.max_num_patches, data.patch_budgets, eval.budgets: need 1 or more")
+    if data.canvas_aspect < 1:
+        faults.append(f"data.canvas_aspect: need 1 or more; got {data.canvas_aspect}")
+    if not 0 <= config.optim.cosine_start < 1:
+        faults.append(f"optim.cosine_start: need 0 to 1; got {config.optim.cosine_start}")
+    return faults

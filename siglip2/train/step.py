@@ -28,7 +28,7 @@ class TrainStep:
         grad_clip_norm: global norm; 0 turns clipping off.
         accum_steps: parts each batch is computed in: the activations of one part, the loss over
             all pairs of the batch (see `siglip2.train.accumulate`). `task` is a `Siglip2Task`
-            then.
+            then. A batch may ask for more of them under the key "accum_steps".
         on_nonfinite: "raise" NonFiniteLossError, or "skip" the step and count it in `num_skipped`.
         debug_dir: where the batch of a non-finite step is saved.
     """
@@ -96,8 +96,9 @@ class TrainStep:
         raise NonFiniteLossError(_explain(step, values, self._save(step, batch)))
 
     def _backward(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if self.accum_steps > 1:
-            return accumulate(self.task, batch, self.accum_steps)
+        parts = max(self.accum_steps, batch.get("accum_steps", 1))
+        if parts > 1:
+            return accumulate(self.task, batch, parts)
         losses, report = self.task(batch)
         losses["loss"].backward()
         return losses, report

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ class Run:
         if config.train.compile:
             # DDP's graph splitter breaks with recomputed blocks and with lengths that vary.
             torch._dynamo.config.optimize_ddp = False
-            model.vision.encoder.compile()
-            model.text.encoder.compile()
+            model.vision.compile()
+            model.text.compile()
         self.transform = setup.build_transform(model, config.data)
         self.loader = TrainLoader(
             source,
@@ -75,6 +76,7 @@ class Run:
             cache_images=config.data.cache_images,
             keep_groups=config.data.keep_groups,
             random_shift=config.data.random_shift,
+            budgets=setup.build_budgets(config, world_size=world_size()),
         )
         self.task = wrap(setup.build_task(model, config.dist), config.dist.strategy)
         self.step = TrainStep(
@@ -233,6 +235,7 @@ def _row(run: Run, metrics: dict[str, torch.Tensor], clock: Clock) -> dict[str, 
         "perf/data_time_pct": clock.data_pct(),
         "time_s": run.progress.time_s,
     }
+    row |= run.loader.packing()
     if run.device.type == "cuda":
         stats = torch.cuda.memory_stats()
         row["mem/max_reserved_gib"] = stats["reserved_bytes.all.peak"] / 2**30
@@ -258,8 +261,11 @@ def _banner(run: Run) -> None:
         f" batch {config.train.batch_size} x {world_size()} images, {run.num_steps:,} steps"
         f" = {run.num_steps * run.examples_a_step:,} images seen"
     )
+    names = Counter[str]()
     for choice in report(device):
-        print(choice)
+        names[choice.backend] += 1
+    backends = ", ".join(f"{name} ({count})" for name, count in names.items())
+    print(f"backends of {names.total()} fused operations: {backends}; siglip2 env says why")
     if run.progress.step:
         print(f"continuing {run.dir} after step {run.progress.step:,}")
     print(flush=True)

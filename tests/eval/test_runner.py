@@ -8,13 +8,15 @@ import torch
 from eval.tiny import LANGUAGES, tiny_model, tokenize, write_folder
 
 from siglip2.config import EvalConfig
-from siglip2.data.images import FixedTransform
+from siglip2.data.images import FixedTransform, NaflexTransform
 from siglip2.data.sources import open_source
 from siglip2.errors import DataError
 from siglip2.eval.embed import same_picture
 from siglip2.eval.retrieval import retrieval_recall
 from siglip2.eval.runner import evaluate
 from siglip2.eval.table import format_table
+from siglip2.models import presets
+from siglip2.models.siglip2 import Siglip2
 
 TRANSFORM = FixedTransform(32)
 
@@ -162,3 +164,32 @@ def test_a_source_without_a_readable_image(tmp_path):
     (tmp_path / "cat" / "a.png").write_bytes(b"not a picture")
     with pytest.raises(DataError):
         run(open_source(str(tmp_path)))
+
+
+def test_a_naflex_model_is_evaluated_at_each_budget(source):
+    torch.manual_seed(0)
+    model = Siglip2(presets.architecture("siglip2-tiny-patch8-naflex"))
+    model.init_weights()
+    transform = NaflexTransform(8, 16)
+    config = EvalConfig(batch_size=5, budgets=(4, 16), classes="captions:en")
+    args = (model, {"held_out": source}, transform, tokenize, config)
+    result = evaluate(*args, seen_budgets=(16,))
+    rows = {(row["budget"], row["subset"]): row for row in result.budgets}
+    assert set(rows) == {(n, subset) for n in (4, 16) for subset in ("flat", "framed")}
+    assert [rows[n, "flat"]["seen"] for n in (4, 16)] == [False, True]
+    assert [rows[n, "flat"]["num_patches"] for n in (4, 16)] == [4.0, 16.0]
+    usual = result.sources["held_out"]["flat"]  # at the transform's own budget, 16
+    assert rows[16, "flat"]["mean"] == usual["mean"]
+    assert rows[16, "flat"]["zero_shot"] == usual["zero_shot"]
+    assert result.metrics()["val/held_out/flat/at_16/i2t_r1"] == usual["mean"]["i2t_r1"]
+    table = format_table(result).splitlines()
+    at = table.index("At each number of patches an image may have:")
+    assert [line.split()[:3] for line in table[at + 2 :]] == [
+        [str(n), "yes" if n == 16 else "no", f"{n}.0"] for n in (4, 4, 16, 16)
+    ]
+    assert json.loads(json.dumps(result.to_dict()))["budgets"] == result.budgets
+
+
+def test_budgets_need_a_naflex_model(source):
+    with pytest.raises(DataError, match=r"eval\.budgets are for NaFlex models"):
+        run(source, budgets=(4,))

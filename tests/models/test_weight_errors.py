@@ -101,18 +101,33 @@ def test_config_of_another_computation(saved, change):
         from_pretrained(saved)
 
 
-def test_fixed_weights_for_a_naflex_model_and_the_reverse(tmp_path):
-    fixed, naflex = "siglip2-tiny-patch8-32", "siglip2-tiny-patch8-naflex"
-    for name, other, said in (
-        (fixed, naflex, r"has model_type 'siglip' \(fixed resolution\), but a variable"),
-        (naflex, fixed, r"has model_type 'siglip2' \(variable resolution\), but a fixed"),
-    ):
-        save_pretrained(create_model(name, vocab_size=9), tmp_path / name)
-        advice = rf".*Use create_model\('{name}'\); names ending in '-naflex' are"
-        with pytest.raises(CheckpointError, match=said + advice):
-            create_model(other, pretrained=tmp_path / name)
-        with pytest.raises(CheckpointError, match=said):
-            load_vision(create_model(other, vocab_size=9), tmp_path / name)
+def test_naflex_weights_are_none_for_a_fixed_model(tmp_path):
+    save_pretrained(create_model("siglip2-tiny-patch8-naflex", vocab_size=9), tmp_path)
+    said = r"has model_type 'siglip2' \(variable resolution\), but a fixed"
+    advice = r".*Use create_model\('siglip2-tiny-patch8-naflex'\); names ending in '-naflex' are"
+    with pytest.raises(CheckpointError, match=said + advice):
+        create_model("siglip2-tiny-patch8-32", pretrained=tmp_path)
+    with pytest.raises(CheckpointError, match=said):
+        load_vision(create_model("siglip2-tiny-patch8-32", vocab_size=9), tmp_path)
+
+
+def test_a_tower_alone_is_loaded_as_what_it_is(tmp_path):
+    save_pretrained(create_model("siglip2-tiny-patch8-32", vocab_size=9), tmp_path)
+    said = r"has model_type 'siglip' \(fixed resolution\), but a variable"
+    with pytest.raises(CheckpointError, match=said):
+        load_vision(create_model("siglip2-tiny-patch8-naflex", vocab_size=9), tmp_path)
+
+
+def test_a_fixed_model_goes_on_as_a_naflex_one(tmp_path):
+    """SigLIP 2, section 2.4.2: the NaFlex stage begins with a fixed-resolution checkpoint."""
+    fixed = create_model("siglip2-tiny-patch8-32", vocab_size=9)
+    save_pretrained(fixed, tmp_path)
+    model = create_model("siglip2-tiny-patch8-naflex", pretrained=tmp_path)
+    assert model.architecture.vision.is_naflex
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(model.encode_image(image), fixed.encode_image(image))
+    save_pretrained(model, tmp_path / "naflex")
+    assert from_pretrained(tmp_path / "naflex").architecture == model.architecture
 
 
 def test_weights_of_another_model_are_listed_and_change_nothing(saved):

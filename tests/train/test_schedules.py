@@ -27,3 +27,12 @@ def test_is_the_published_schedule_at_its_quarter():
     step, warmup, total = 250, 100, 700
     published = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
     assert warmup_cosine(step, warmup=warmup, total=total) == pytest.approx(published)
+
+
+def test_a_stage_that_begins_at_nine_tenths_runs_the_last_tenth_stretched():
+    """NaFlex (SigLIP 2, section 2.4.2): 3.75 times as many examples for the last tenth."""
+    whole, stage = 40e9, 0.1 * 40e9 * 3.75
+    for share in (0.0, 0.3, 1.0):
+        of_whole = warmup_cosine(whole * (0.9 + 0.1 * share), warmup=0, total=whole)
+        of_stage = warmup_cosine(stage * share, warmup=0, total=stage, start=0.9)
+        assert of_stage == pytest.approx(of_whole)
