@@ -1,5 +1,7 @@
 """Fused operations for training SigLIP 2. Importing this package is cheap and needs no Triton."""
 
+from .bias_gelu import bias_gelu
+from .linear_cross_entropy import LossAndStatistics, linear_cross_entropy
 from .map_pool import map_pool
 from .patch_embed import patch_embed
 from .posemb_resample import posemb_resample
@@ -14,7 +16,10 @@ from .varlen_attention import (
 )
 
 __all__ = [
+    "bias_gelu",
+    "LossAndStatistics",
     "VarlenPlan",
+    "linear_cross_entropy",
     "make_plan",
     "map_pool",
     "padded_attention",

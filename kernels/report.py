@@ -3,6 +3,8 @@
 import torch
 
 from ._core.backend import Choice, explain
+from .bias_gelu import op as bias_gelu
+from .linear_cross_entropy import op as linear_cross_entropy
 from .map_pool import op as map_pool
 from .patch_embed import op as patch_embed
 from .posemb_resample import op as posemb_resample
@@ -12,10 +14,12 @@ from .varlen_attention import op as varlen_attention
 # Each module has probe(device): backend -> reason for not taking a typical input, None if it does.
 _OPS = {
     "sigmoid_loss": sigmoid_loss,
+    "linear_cross_entropy": linear_cross_entropy,
     "varlen_attention": varlen_attention,
     "map_pool": map_pool,
     "posemb_resample": posemb_resample,
     "patch_embed": patch_embed,
+    "bias_gelu": bias_gelu,
 }
 
 

@@ -72,6 +72,15 @@ class _Logits:
         return z.mul_(self.softcap), slope
 
 
+def _chunks(x: Tensor, V: int, chunk_tokens: int | None) -> Iterator[tuple[int, int]]:
+    kind = x.device.type
+    return token_chunks(
+        *(x.shape[0], V, chunk_tokens),
+        max_elements=MAX_ELEMENTS.get(kind, MAX_ELEMENTS_DEVICE),
+        min_tokens=MIN_TOKENS.get(kind, MIN_TOKENS_DEVICE),
+    )
+
+
 def fwd(
     x: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -89,21 +98,15 @@ def fwd(
 ) -> tuple[Tensor, ...]:
     """(T,) losses, (T,) lse, (T,) bool; gradients of the weighted sum of losses, or empty."""
     (T, D), V = x.shape, weight.shape[0]
-    acc = row_weight.dtype
     losses, lse = row_weight.new_empty(T), row_weight.new_empty(T)
     is_best = target.new_zeros(T if wants_accuracy else 0, dtype=torch.bool)
     dx = row_weight.new_zeros(T if needs_dx else 0, D)
     dweight = row_weight.new_zeros(V if needs_dweight else 0, D)
     dbias = row_weight.new_zeros(V if needs_dbias else 0)
     weight = _Weight(weight, x)
-    logits, lift = _Logits(weight, bias, softcap, acc), unit_scale(weight.dtype)
+    logits, lift = _Logits(weight, bias, softcap, row_weight.dtype), unit_scale(weight.dtype)
     needs_grad = needs_dx or needs_dweight or needs_dbias
-    kind = x.device.type
-    limits = {
-        "max_elements": MAX_ELEMENTS.get(kind, MAX_ELEMENTS_DEVICE),
-        "min_tokens": MIN_TOKENS.get(kind, MIN_TOKENS_DEVICE),
-    }
-    for start, stop in token_chunks(T, V, chunk_tokens, **limits):
+    for start, stop in _chunks(x, V, chunk_tokens):
         part, y = slice(start, stop), target[start:stop, None]
         rows = x[part].to(weight.dtype)
         z, slope = logits.make(rows, needs_grad)
@@ -114,24 +117,21 @@ def fwd(
         if label_smoothing:
             loss.sub_(z.mean(1, keepdim=True), alpha=label_smoothing)
         total = z.sub_(top).exp_().sum(1, keepdim=True)
-        chunk_lse = total.log().add_(top)
-        loss.add_(chunk_lse).addcmul_(chunk_lse, chunk_lse, value=z_loss)
-        losses[part], lse[part] = loss[:, 0], chunk_lse[:, 0]
+        row_lse = total.log().add_(top)
+        loss.add_(row_lse).addcmul_(row_lse, row_lse, value=z_loss)
+        losses[part], lse[part] = loss[:, 0], row_lse[:, 0]
         if not needs_grad:
             continue
         w = row_weight[part, None]
-        g = _grad_of_logits(z, y, total, chunk_lse, w, slope, label_smoothing, z_loss)
+        g = _grad_of_logits(z, y, total, row_lse, w, slope, label_smoothing, z_loss)
         if needs_dbias:
             dbias += g.sum(0)
-        if lift != 1:
-            g.mul_(lift)
-        g = g.to(weight.dtype)
-        for i, (block, w) in enumerate(weight.blocks() if needs_dx or needs_dweight else ()):
+        g = (g if lift == 1 else g.mul_(lift)).to(weight.dtype)
+        for words, block in weight.blocks() if needs_dx or needs_dweight else ():
             if needs_dx:
-                (mm_f32(g[:, block], w, out=dx[part]) if i == 0 else
-                 addmm_f32_(dx[part], g[:, block], w))
+                addmm_f32_(dx[part], g[:, words], block)
             if needs_dweight:
-                addmm_f32_(dweight[block], g[:, block].T, rows)
+                addmm_f32_(dweight[words], g[:, words].T, rows)
     if lift != 1:
         dx.mul_(1 / lift), dweight.mul_(1 / lift)
     return losses, lse, is_best, dx, dweight, dbias

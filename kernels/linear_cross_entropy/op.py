@@ -1,7 +1,8 @@
 """Cross entropy of a linear layer's outputs over a large vocabulary, without its logits.
 
     z_tv = <x_t, weight_v> + bias_v,    then softcap tanh(z / softcap) if there is a cap
-    loss_t = lse_t - (1 - s) z_t,target - s mean_v z_tv + z_loss lse_t^2,    lse_t = log sum_v exp z_tv
+    lse_t = log sum_v exp z_tv
+    loss_t = lse_t - (1 - s) z_t,target - s mean_v z_tv + z_loss lse_t^2
     dl_t/dz_tv = p_tv (1 + 2 z_loss lse_t) - (1 - s) [v = target_t] - s / V
 
 Losses and gradients come from one pass over chunks of tokens: memory O(chunk V + (T + V) D) instead
@@ -123,20 +124,75 @@ def make_plan(
 
 
 def _run(x, weight, bias, plan: Plan, row_weight: Tensor, needs: tuple[bool, bool, bool]):
+    # The chunked backend converts a weight block by block.
     weight = weight if plan.backend == "chunked" else weight.to(x.dtype)
-    target, wants = plan.weights.target, (*needs, plan.wants_accuracy)
-    return fwd(x, weight, target, bias, row_weight, *plan.options, *wants, plan.backend)
+    wants = (*needs, plan.wants_accuracy)
+    return fwd(
+        x, weight, plan.weights.target, bias, row_weight, *plan.options, *wants, plan.backend
+    )
 
 
-def _grads(ctx, grads, scale, weight_grad_out):
-    """Scaled and rounded once; the weight's goes to its buffer if there is one."""
-    dx, dweight, dbias = (
+def _finish(ctx, grads: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias: scaled in float32, rounded once."""
+    needs_dx, needs_dweight, needs_dbias = ctx.needs
+    if ctx.weight_grad_out is not None:
+        ctx.weight_grad_out.addcmul_(grads[1], scale)
+        needs_dweight = False
+    return tuple(
         # out= scales and rounds in one pass.
         torch.mul(d, scale, out=torch.empty_like(d, dtype=dtype)) if needed else None
         for d, dtype, needed in zip(
-            grads, ctx.dtypes, ctx.needs[:1] + (ctx.needs[1] and weight_grad_out is None,) + ctx.needs[2:], strict=True
+            grads, ctx.dtypes, (needs_dx, needs_dweight, needs_dbias), strict=True
         )
     )
-    if weight_grad_out is not None:
-        weight_grad_out.addcmul_(grads[1], scale)
-    return dx, dweight, dbias
+
+
+def _remember(ctx, x, weight, bias, weight_grad_out, needs) -> None:
+    ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+    # An attribute: saved for the backward, its growth by another backward would be an error.
+    ctx.weight_grad_out, ctx.needs = weight_grad_out, needs
+
+
+class ReducedLoss(torch.autograd.Function):
+    """Saves float32 gradients, (T + V) D."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_grad_out, plan, needs):
+        rows, factor = plan.weights.rows, plan.weights.factor
+        losses, lse, is_best, *grads = _run(x, weight, bias, plan, rows, needs)
+        _remember(ctx, x, weight, bias, weight_grad_out, needs)
+        ctx.save_for_backward(*grads, factor)
+        ctx.mark_non_differentiable(lse, is_best)
+        return torch.where(rows == 0, 0, losses * rows).sum() * factor, lse, is_best
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss, _dlse, _dis_best):
+        *grads, factor = ctx.saved_tensors
+        # A loss scaler's factor arrives before the rounding.
+        return *_finish(ctx, grads, dloss * factor), None, None, None
+
+
+class TokenLosses(torch.autograd.Function):
+    """Saves the inputs: gradients wait for what each token's loss is worth, 2 T V D FLOPs more."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_grad_out, plan, needs):
+        rows, most = plan.weights.rows, plan.weights.most
+        losses, lse, is_best, *_ = _run(x, weight, bias, plan, rows, (False, False, False))
+        _remember(ctx, x, weight, bias, weight_grad_out, needs)
+        ctx.plan = plan
+        ctx.save_for_backward(x, weight, bias)
+        ctx.mark_non_differentiable(lse, is_best)
+        return torch.where(rows == 0, 0, losses * rows * most), lse, is_best
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlosses, _dlse, _dis_best):
+        x, weight, bias = ctx.saved_tensors
+        rows = ctx.plan.weights.rows * ctx.plan.weights.most * dlosses
+        # Within [-1, 1], as the backends ask for; max of nothing has no value.
+        most = torch.cat((rows.abs(), rows.new_zeros(1))).amax()
+        rows = rows / torch.where(most > 0, most, 1)
+        *_, dx, dweight, dbias = _run(x, weight, bias, ctx.plan, rows, ctx.needs)
+        return *_finish(ctx, (dx, dweight, dbias), most), None, None, None

@@ -49,7 +49,7 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     **options: Tensor | float | None,  # as in token_terms
 ) -> Tensor:  # (), or (T,) for "none"
-    """"mean" divides by the weights of the tokens that count; 0 when they sum to 0."""
+    """ "mean" divides by the weights of the tokens that count; 0 when they sum to 0."""
     counts = target != ignore_index
     losses = token_terms(x, weight, torch.where(counts, target, 0).long(), **options).losses
     token_weight = torch.ones_like(losses) if token_weight is None else token_weight.to(losses)

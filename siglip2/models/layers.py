@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from siglip2_kernels import map_pool, varlen_qkv_attention
+from siglip2_kernels import bias_gelu, map_pool, varlen_qkv_attention
 
 from .presets import TowerSize
 from .sequences import Sequences
@@ -42,7 +42,10 @@ class Mlp(nn.Module):
         self.fc2 = Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        if type(self.fc1) is not Linear:  # somebody's adapter around it
+            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        h = F.linear(x, self.fc1.weight.to(x.dtype))
+        return self.fc2(bias_gelu(h, self.fc1.bias))
 
 
 class Attention(nn.Module):

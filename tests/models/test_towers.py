@@ -136,3 +136,13 @@ def test_text_map_pool_equals_torch_multi_head_attention():
     read, _ = attention(pool.probe.expand(B, 1, -1), hidden, hidden)
     expected = tower.head((read + pool.mlp(pool.norm(read)))[:, 0])
     assert_equal(model.encode_text(text), expected)
+
+
+def test_an_adapter_around_a_layer_of_the_mlp_is_called():
+    """The fused activation reads fc1's weights; whoever replaces fc1 must not be passed over."""
+    model = random_model(tiny_architecture())
+    text = random_tokens(model.architecture)
+    before = model.encode_text(text)
+    for block in model.text.encoder.blocks:
+        block.mlp.fc1 = torch.nn.Sequential(block.mlp.fc1, torch.nn.ReLU())
+    assert not torch.allclose(model.encode_text(text), before)
