@@ -55,10 +55,28 @@ void gather_pixels(const Image& image, const uint8_t* band, py::ssize_t patch_si
     }
 }
 
+// Channels apart, the pixels of each side by side.
+void interleave_planes(const Image& image, const uint8_t* band, py::ssize_t patch_size,
+                       uint8_t* out) {
+  for (py::ssize_t x = 0; x < image.grid_w; ++x)
+    for (py::ssize_t py_ = 0; py_ < patch_size; ++py_) {
+      const uint8_t* red = band + py_ * image.stride_y + x * patch_size;
+      const uint8_t* green = red + image.stride_c;
+      const uint8_t* blue = green + image.stride_c;
+      for (py::ssize_t px = 0; px < patch_size; ++px, out += kChannels) {
+        out[0] = red[px];
+        out[1] = green[px];
+        out[2] = blue[px];
+      }
+    }
+}
+
 void pack_band(const Image& image, py::ssize_t y, py::ssize_t patch_size, uint8_t* out) {
   const uint8_t* band = image.pixels + y * patch_size * image.stride_y;
   out += (image.first_patch + y * image.grid_w) * patch_size * patch_size * kChannels;
-  if (image.stride_c != 1)
+  if (image.stride_x == 1)
+    interleave_planes(image, band, patch_size, out);
+  else if (image.stride_c != 1)
     gather_pixels<false>(image, band, patch_size, out);
   else if (image.stride_x != kChannels)
     gather_pixels<true>(image, band, patch_size, out);

@@ -93,7 +93,9 @@ def test_keeps_the_product_and_nothing_else():
 
 def test_rejects_wrong_input():
     h = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match=r"need h \(\.\.\., M\) and bias \(M,\); got \(3, 4\), \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"need h \(\.\.\., M\) and bias \(M,\); got \(3, 4\), \(3,\)"
+    ):
         bias_gelu(h, torch.zeros(3))
     with pytest.raises(ValueError, match=r"need floats; got torch\.int64 and torch\.float32"):
         bias_gelu(h.long(), torch.zeros(4))

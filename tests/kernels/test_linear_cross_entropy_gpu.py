@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from head_inputs import make_extreme, make_head, make_target
 
 from compare import assert_no_worse
-from head_inputs import make_extreme, make_head, make_target
 from siglip2_kernels import linear_cross_entropy
 from siglip2_kernels.linear_cross_entropy import reference
 

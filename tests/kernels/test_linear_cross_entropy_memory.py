@@ -3,9 +3,9 @@ import sys
 
 import pytest
 import torch
+from head_inputs import OPTIONS, make_head, make_target
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from head_inputs import OPTIONS, make_head, make_target
 from siglip2_kernels import linear_cross_entropy
 from siglip2_kernels.linear_cross_entropy import _chunked, reference
 
@@ -83,14 +83,21 @@ def test_chunked_never_holds_more_than_a_chunk_of_logits(options):
 
 
 def test_a_float32_weight_is_never_copied_whole(monkeypatch):
-    # A chunk of 2 tokens and the float32 gradient aside, blocks of 50 words are the largest.
     monkeypatch.setattr(_chunked, "BLOCK", 50)
     x, weight, _ = (t.detach() for t in make_head(8, 700, 16, torch.bfloat16))
-    target, rows = make_target(8, 700).clamp(min=0), torch.ones(8)
-    with LargestTensor() as mode:
-        args = (0.0, 0.0, None, 2, True, False, False, False)
-        _chunked.fwd(x, weight.float(), target, None, rows, *args)
-    assert mode.elements == 2 * 700
+    weight, target, rows = weight.float(), make_target(8, 700).clamp(min=0), torch.ones(8)
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                copied.append(out.numel())
+            return out
+
+    with Copies():
+        _chunked.fwd(x, weight, target, None, rows, 0.0, 0.0, None, None, True, True, False, False)
+    assert max(copied) == 50 * 16
 
 
 @pytest.mark.parametrize(
