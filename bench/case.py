@@ -72,6 +72,7 @@ class Case:
     rivals: Mapping[str, Rival]  # the first is the baseline of speed-ups and of the error bound
     cost: Callable[..., Mapping[str, Cost]]  # (**shape, dtype) -> mode -> Cost
     dtypes: Sequence[torch.dtype] = field(default=(torch.bfloat16,))  # measured on a GPU
+    modes: Sequence[Mode] = ("forward", "full")  # measured where nobody asks for others
     # Label -> arguments of `make` at which rivals are checked; the labels head columns of errors.
     regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
 

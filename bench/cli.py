@@ -103,7 +103,7 @@ def _requests(
             machine=machine,
             dtype=args.dtype or ("bf16" if device == "cuda" else "fp32"),
             shapes=options.chosen_shapes(op, case, args.sweep, device),
-            modes=modes,
+            modes=modes or case.modes,
             providers=providers and [name for name in providers if name in case.rivals],
             metrics=metrics,
             reps=reps,

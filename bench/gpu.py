@@ -106,7 +106,7 @@ def run_cases(state: State, machine: Machine, out: Path) -> None:
                 machine=machine,
                 dtype=dtype,
                 shapes=todo,
-                modes=("forward", "full"),
+                modes=case.modes,
                 say=Progress(),
             )
             verdicts = check_rivals(request)

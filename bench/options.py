@@ -34,7 +34,11 @@ def parser() -> argparse.ArgumentParser:
         help="B=4096:65536 (doubling) or B=4096,6000: sizes to measure",
     )
     p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    p.add_argument("--modes", type=_names, help=f"of {','.join(MODES)} (default: forward,full)")
+    p.add_argument(
+        "--modes",
+        type=_names,
+        help=f"of {','.join(MODES)} (default: forward,full; forward,backward for attention)",
+    )
     p.add_argument("--metric", type=_names, help=f"of {','.join(METRICS)} (default: both)")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     p.add_argument("--reps", type=int, help="calls timed for each rival (default: 5 to 100)")
@@ -59,8 +63,9 @@ def chosen_providers(asked: Sequence[str] | None, cases: Iterable[Case]) -> list
     return _known("provider", asked, known) if asked else None
 
 
-def chosen_modes(asked: Sequence[str] | None) -> list[str]:
-    return _known("mode", asked, MODES) if asked else ["forward", "full"]
+def chosen_modes(asked: Sequence[str] | None) -> list[str] | None:
+    """None leaves it to each case."""
+    return _known("mode", asked, MODES) if asked else None
 
 
 def chosen_metrics(asked: Sequence[str] | None, device: str) -> list[str]:

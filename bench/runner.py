@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from . import ceiling
@@ -57,12 +58,14 @@ def run_case(request: Request, verdicts: Verdicts | None = None) -> Result:
     case = request.case
     order = [*case.rivals]
     rows: list[Row] = []
-    for shape in request.shapes:
-        fns = _fresh(request, [*verdicts.accuracy])
-        for mode in request.modes:
-            new = _measure(request, shape, mode, fns, verdicts)
-            new.sort(key=lambda row: order.index(row.provider))
-            rows += _with_speedups(new, case.baseline)
+    # A backward that runs again and again needs what it keeps: compiled ones reuse it otherwise.
+    with torch._functorch.config.patch(donated_buffer="backward" not in request.modes):
+        for shape in request.shapes:
+            fns = _fresh(request, [*verdicts.accuracy])
+            for mode in request.modes:
+                new = _measure(request, shape, mode, fns, verdicts)
+                new.sort(key=lambda row: order.index(row.provider))
+                rows += _with_speedups(new, case.baseline)
     return Result(
         op=request.op,
         x_name=case.x_name,

@@ -222,7 +222,7 @@ def test_import_is_lean():
     )
     optional, _, count = run_python(code).strip().rpartition(" ")
     assert optional == "[]"
-    assert int(count) < 40, "import siglip2 loads too much"
+    assert int(count) < 80, "import siglip2 loads too much"
 
 
 def test_works_without_optional_packages():

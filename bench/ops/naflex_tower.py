@@ -200,7 +200,8 @@ def padded_tower() -> Callable[..., Tensor]:
 
     def run(patches, grids, padded, valid, dtype, *weights):
         dtype = weights[0].dtype if weights[0].dtype == torch.float64 else dtype
-        config, w = _config(weights), {n: x.to(dtype) for n, x in _named(weights).items()}
+        config, named = _config(weights), _named(weights)
+        w = {name: x.to(dtype) for name, x in named.items()}
         H = config.size.num_heads
         linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
         norm = lambda x, name: F.layer_norm(
@@ -216,7 +217,9 @@ def padded_tower() -> Callable[..., Tensor]:
             .flatten(2)
         )
         B, N = valid.shape
-        x = linear(padded.to(dtype), "patch_embed") + _positions(w["posemb"], grids, N)
+        x = linear(padded.to(dtype), "patch_embed") + _positions(named["posemb"], grids, N).to(
+            dtype
+        )
         mask = valid[:, None, None].expand(B, 1, N, N)
         for i in range(config.size.depth):
             at = f"encoder.blocks.{i}"

@@ -180,6 +180,7 @@ CASE = Case(
         "cpu": {"B": 5, "N": 37, "H": 2, "E": 72},
         "cuda": {"B": 24, "N": 247, "H": 4, "E": 72},
     },
+    modes=("forward", "backward"),
     make=make,
     reference=reference,
     rivals={

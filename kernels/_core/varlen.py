@@ -91,8 +91,12 @@ def paired_groups(
     cu_seqlens_k: Tensor,  # (B+1,) int32, on the host
     used: Tensor | None = None,  # (B,)
     used_k: Tensor | None = None,  # (B,)
-) -> list[tuple[Tensor, Tensor]]:  # (b, length) rows of queries, (b, length_k) rows of keys
-    """Sequences of one pair of lengths, neither of them 0: each group is one dense batch."""
+    lookahead: Tensor | None = None,  # (B,), on the host
+) -> list[tuple[Tensor, Tensor, int]]:  # (b, length), (b, length_k) rows; their lookahead
+    """Sequences alike in both lengths, neither of them 0, and lookahead: one dense batch a group.
+
+    A lookahead is that of all sequences that see their last key from their first token.
+    """
     bounds = used_bounds(cu_seqlens, used)
     # The pack's own keys, as in self-attention, need no second look.
     is_self = cu_seqlens_k is cu_seqlens and used_k is used
@@ -101,12 +105,22 @@ def paired_groups(
     pairs = (lengths << 32) + lengths_k  # sorted as numbers: rows take torch 30 times as long
     groups = []
     for pair in torch.unique(pairs[(lengths > 0) & (lengths_k > 0)]).tolist():
-        which = torch.nonzero(pairs == pair)  # (b, 1)
+        alike = torch.nonzero(pairs == pair)[:, 0]
         length, length_k = pair >> 32, pair & (1 << 32) - 1
-        rows = bounds[which[:, 0], :1] + torch.arange(length)
-        rows_k = rows if is_self else bounds_k[which[:, 0], :1] + torch.arange(length_k)
-        groups.append((rows, rows_k))
+        for ahead, which in _by_lookahead(lookahead, alike, length_k):
+            rows = bounds[which, :1] + torch.arange(length)
+            rows_k = rows if is_self else bounds_k[which, :1] + torch.arange(length_k)
+            groups.append((rows, rows_k, ahead))
     return groups
+
+
+def _by_lookahead(
+    lookahead: Tensor | None, which: Tensor, length_k: int
+) -> list[tuple[int, Tensor]]:
+    if lookahead is None:
+        return [(0, which)]
+    ahead = lookahead[which].clamp(0, length_k)
+    return [(value, which[ahead == value]) for value in torch.unique(ahead).tolist()]
 
 
 def _host(values: Sequence[int] | Tensor, name: str) -> Tensor:  # (n,) int64

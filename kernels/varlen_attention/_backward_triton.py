@@ -17,6 +17,7 @@ from ._tiles import (
     dot_over_width,
     fill_past,
     load_pair,
+    read_ahead,
     store_pair,
     zero_pair,
 )
@@ -46,6 +47,7 @@ def tile_kernel(
     cu_k_ptr,  # (B+1,)
     used_ptr,  # (B,) or None
     used_k_ptr,  # (B,) or None
+    lookahead_ptr,  # (B,) or None
     order_ptr,  # (B,)
     dq_ptr,  # (T, H, E)
     dk_ptr,  # (S, H, E)
@@ -77,7 +79,7 @@ def tile_kernel(
     b_k0, b_k1 = load_pair(k_ptr + at_k + i_h * E, o_n, stride_k, m_n, E, E0, E1)
     m_s = m_m[:, None] & m_n[None, :]
     if IS_CAUSAL:
-        m_s = m_s & (o_n[None, :] <= o_m[:, None])
+        m_s = m_s & (o_n[None, :] <= o_m[:, None] + read_ahead(lookahead_ptr, i_b))
     b_s = dot_over_width(b_q0, b_q1, b_k0, b_k1, E1)  # [BM, BN]
     b_s = tl.where(m_s, b_s * (scale * LOG2_E), float("-inf"))
     # Finite also in rows without a key, whose sum is 0.
@@ -137,6 +139,7 @@ def loop_kernel(
     cu_k_ptr,  # (B+1,)
     used_ptr,  # (B,) or None
     used_k_ptr,  # (B,) or None
+    lookahead_ptr,  # (B,) or None
     order_ptr,  # (B,)
     dq_ptr,  # (T, H, E)
     dk_ptr,  # (S, H, E)
@@ -168,6 +171,7 @@ def loop_kernel(
         i_b, i_h = tl.load(order_ptr + item // H), item % H
         first, n = bounds(cu_ptr, used_ptr, i_b)
         first_k, n_k = bounds(cu_k_ptr, used_k_ptr, i_b)
+        ahead = read_ahead(lookahead_ptr, i_b)
         p_q = q_ptr + first * stride_q + i_h * E
         p_k = k_ptr + first_k * stride_k + i_h * E
         p_v = v_ptr + first_k * stride_v + i_h * E
@@ -184,7 +188,7 @@ def loop_kernel(
             b_v0, b_v1 = load_pair(p_v, o_k, stride_v, m_n, E, E0, E1)
             b_dk0, b_dk1 = zero_pair(BN, E0, E1)
             b_dv0, b_dv1 = zero_pair(BN, E0, E1)
-            begin = start // BM * BM if IS_CAUSAL else 0
+            begin = tl.maximum(start - ahead, 0) // BM * BM if IS_CAUSAL else 0
             for row in range(begin, n, BM):
                 o_m = row + tl.arange(0, BM)
                 m_m = o_m < n
@@ -194,7 +198,7 @@ def loop_kernel(
                 b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
                 m_s = m_n[:, None] & m_m[None, :]
                 if IS_CAUSAL:
-                    m_s = m_s & (o_k[:, None] <= o_m[None, :])
+                    m_s = m_s & (o_k[:, None] <= o_m[None, :] + ahead)
                 b_s = dot_over_width(b_k0, b_k1, b_q0, b_q1, E1)  # [BN, BM]
                 b_p = tl.where(m_s, tl.exp2(b_s * (scale * LOG2_E) - b_lse[None, :]), 0.0)
                 b_dp = dot_over_width(b_v0, b_v1, b_do0, b_do1, E1)  # [BN, BM]
@@ -205,7 +209,7 @@ def loop_kernel(
                 b_dq0, b_dq1 = dot_over_rows(b_ds.T, b_k0, b_k1, b_0, b_1, E1)
                 # Masks, not branches: Triton 3.6 cannot pipeline a product used inside a branch.
                 # The scratch has whole tiles; masks of its rows would cost registers.
-                stop = tl.minimum(n_k, row + BM) if IS_CAUSAL else n_k
+                stop = tl.minimum(n_k, row + BM + ahead) if IS_CAUSAL else n_k
                 m_old, m_new = (o_m >= 0) & (start > 0), (o_m >= 0) & (start + BN < stop)
                 b_old0, b_old1 = load_pair(partial_ptr, o_m, W, m_old, W, E0, E1)
                 b_dq0 += b_old0

@@ -22,8 +22,20 @@ def unsupported(q: Tensor, layout: Layout, causal: bool) -> str | None:
     return None
 
 
-def _groups(layout: Layout) -> list[tuple[Tensor, Tensor]]:
-    return paired_groups(*layout[:4])
+def _groups(layout: Layout) -> list[tuple[Tensor, Tensor, int]]:
+    return paired_groups(*layout[:5])
+
+
+def _masked(rows: Tensor, rows_k: Tensor, causal: bool, ahead: int, dtype: torch.dtype) -> dict:
+    """`is_causal` and `attn_mask` of torch's kernels."""
+    n, n_k = rows.shape[1], rows_k.shape[1]
+    if not causal or ahead >= n_k:
+        return {"is_causal": False}
+    if ahead == 0:
+        return {"is_causal": True}
+    later = torch.ones(n, n_k, dtype=torch.bool).triu(1 + ahead)
+    mask = torch.zeros(n, n_k, dtype=dtype).masked_fill(later, -torch.inf)
+    return {"is_causal": False, "attn_mask": mask}
 
 
 def _dense(x: Tensor, rows: Tensor) -> Tensor:  # (b, H, n, E)
@@ -42,9 +54,10 @@ def fwd(
     T, H, E = q.shape
     out = q.new_zeros(T, H, E)
     lse = q.new_full((T, H), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for rows, rows_k in _groups(layout):
+    for rows, rows_k, ahead in _groups(layout):
+        mask = _masked(rows, rows_k, causal, ahead, q.dtype)
         dense = (_dense(q, rows), _dense(k, rows_k), _dense(v, rows_k))
-        part, part_lse = _dense_fwd(*dense, 0.0, causal, scale=scale)
+        part, part_lse = _dense_fwd(*dense, 0.0, **mask, scale=scale)
         out[rows], lse[rows] = part.transpose(1, 2), part_lse.transpose(1, 2)
     return out, lse.T.contiguous()
 
@@ -62,9 +75,10 @@ def bwd(
     q, k, v = qkv
     for d in dqkv:
         d.zero_()
-    for rows, rows_k in _groups(layout):
+    for rows, rows_k, ahead in _groups(layout):
+        mask = _masked(rows, rows_k, causal, ahead, q.dtype)
         inputs = (_dense(q, rows), _dense(k, rows_k), _dense(v, rows_k))
         outputs = (_dense(out, rows), _dense(lse.T[:, :, None], rows)[..., 0])
-        parts = _dense_bwd(_dense(dout, rows), *inputs, *outputs, 0.0, causal, scale=scale)
+        parts = _dense_bwd(_dense(dout, rows), *inputs, *outputs, 0.0, **mask, scale=scale)
         for d, part, at in zip(dqkv, parts, (rows, rows_k, rows_k), strict=True):
             d[at] = part.transpose(1, 2)

@@ -24,6 +24,8 @@ def unsupported(q: Tensor, layout: Layout, causal: bool) -> str | None:
         return f"needs a head width divisible by 8, up to 256; got {q.shape[2]}"
     if layout.used is not None:
         return "takes packed sequences, not padded ones"
+    if layout.lookahead is not None:
+        return "has one causal mask for all sequences"
     if causal and layout.cu_seqlens_k is not layout.cu_seqlens:
         return "aligns a causal mask at the end, which differs where keys have their own lengths"
     return None

@@ -87,6 +87,15 @@ def bounds(cu_ptr, used_ptr, i_b):
 
 
 @triton.jit
+def read_ahead(lookahead_ptr, i_b):
+    """How many later tokens a token of causal sequence `i_b` reads."""
+    ahead = 0
+    if lookahead_ptr is not None:
+        ahead = tl.load(lookahead_ptr + i_b)
+    return ahead
+
+
+@triton.jit
 def fill_past(ptr, start, stop, value, BLOCK: tl.constexpr):
     """`value` into this program's share of elements [start, stop), which mostly are none."""
     o = tl.arange(0, BLOCK)

@@ -21,6 +21,7 @@ from ._tiles import (
     dot_over_width,
     fill_past,
     load_pair,
+    read_ahead,
     split_width,
     store_pair,
     zero_pair,
@@ -54,6 +55,7 @@ def _fwd_kernel(
     cu_k_ptr,  # (B+1,)
     used_ptr,  # (B,) or None
     used_k_ptr,  # (B,) or None
+    lookahead_ptr,  # (B,) or None
     tiles_ptr,  # (num_tiles, 2)
     out_ptr,  # (T, H, E)
     lse_ptr,  # (H, T)
@@ -91,7 +93,8 @@ def _fwd_kernel(
         unit = scale * LOG2_E
         stop = n_k
         if IS_CAUSAL:
-            stop = tl.minimum(n_k, tl.max(o_m) + 1)
+            ahead = read_ahead(lookahead_ptr, i_b)
+            stop = tl.minimum(n_k, tl.max(o_m) + 1 + ahead)
         if IS_ONE_TILE:
             stop = tl.minimum(stop, 1)
         for start in range(0, stop, BN):
@@ -101,7 +104,7 @@ def _fwd_kernel(
             b_s = dot_over_width(b_q0, b_q1, b_k0, b_k1, E1)  # [BM, BN]
             m_s = m_n[None, :]
             if IS_CAUSAL:
-                m_s = m_s & (o_k[None, :] <= o_m[:, None])
+                m_s = m_s & (o_k[None, :] <= o_m[:, None] + ahead)
             b_s = tl.where(m_s, b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 1) * unit)
             b_p = tl.exp2(b_s * unit - b_new[:, None])
@@ -164,7 +167,7 @@ def fwd(
         q,
         k,
         v,
-        *layout[:5],
+        *layout[:6],
         out,
         lse,
         layout.cu_seqlens.shape[0] - 1,
@@ -223,7 +226,7 @@ def bwd(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    bounds = (*layout[:4], layout.order)
+    bounds = (*layout[:5], layout.order)
     if is_one_tile:
         tile_kernel[(B * H,)](*inputs, *bounds, *dqkv, *rows_and_items, *strides, **options)
         return

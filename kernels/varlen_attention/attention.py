@@ -17,6 +17,7 @@ def varlen_attention(
     cu_seqlens_k: Tensor | None = None,  # (B+1,) int32
     max_seqlen_k: int | None = None,
     causal: bool = False,
+    lookahead: Tensor | None = None,  # (B,) int32
     scale: float | None = None,
     plan: VarlenPlan | None = None,
     return_lse: bool = False,
@@ -30,6 +31,8 @@ def varlen_attention(
         max_seqlen: At least the longest sequence; longer ones are wrong, not an error.
         cu_seqlens_k: Of keys and values, for cross-attention; None: that of the queries.
         causal: Token i of a sequence reads its tokens j <= i.
+        lookahead: With `causal`, token i reads tokens j <= i + lookahead of its sequence: 0 is
+            causal, the sequence's length both ways. So one call holds sequences of both kinds.
         scale: Of the scores; None means E ** -0.5.
         plan: From `make_plan`, with which no program starts in vain and long sequences go first.
         return_lse: Also the log-sum-exp of each query's scores, natural log, without gradient.
@@ -42,7 +45,8 @@ def varlen_attention(
         NotImplementedError: The asked-for backend does not take this input.
     """
     check(q, k, v)
-    layout = layout_of(q, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, plan)
+    _check_lookahead(causal, lookahead)
+    layout = layout_of(q, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, plan, lookahead)
     out, lse = attend((q, k, v), layout, causal, scale, backend)
     return (out, lse) if return_lse else out
 
@@ -53,6 +57,7 @@ def varlen_qkv_attention(
     max_seqlen: int,
     *,
     causal: bool = False,
+    lookahead: Tensor | None = None,  # (B,) int32
     scale: float | None = None,
     plan: VarlenPlan | None = None,
     backend: Backend | None = None,
@@ -60,8 +65,14 @@ def varlen_qkv_attention(
     """`varlen_attention` of qkv's three slices, with the gradient written as one tensor."""
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"need qkv (T, 3, H, E); got {tuple(qkv.shape)}")
-    layout = layout_of(qkv, cu_seqlens, max_seqlen, None, None, plan)
+    _check_lookahead(causal, lookahead)
+    layout = layout_of(qkv, cu_seqlens, max_seqlen, None, None, plan, lookahead)
     return attend((qkv,), layout, causal, scale, backend)[0]
+
+
+def _check_lookahead(causal: bool, lookahead: Tensor | None) -> None:
+    if lookahead is not None and not causal:
+        raise ValueError("need causal=True with lookahead; got causal=False")
 
 
 def padded_attention(

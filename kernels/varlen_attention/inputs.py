@@ -25,6 +25,7 @@ def layout_of(
     cu_seqlens_k: Tensor | None,  # (B+1,)
     max_seqlen_k: int | None,
     plan: VarlenPlan | None,
+    lookahead: Tensor | None = None,  # (B,)
 ) -> Layout:
     """Raises ValueError."""
     if (cu_seqlens_k is None) != (max_seqlen_k is None):
@@ -43,8 +44,17 @@ def layout_of(
         plan = unsorted_plan(cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
     else:
         _check_plan(plan, cu_seqlens, max_seqlen, max_seqlen_k)
+    if lookahead is not None:
+        _check_lookahead(lookahead, cu_seqlens)
     sizes = (plan.max_seqlen, plan.max_seqlen_k)
-    return Layout(cu_seqlens, cu_seqlens_k, None, None, plan.tiles, plan.order, *sizes)
+    return Layout(cu_seqlens, cu_seqlens_k, None, None, lookahead, plan.tiles, plan.order, *sizes)
+
+
+def _check_lookahead(lookahead: Tensor, cu_seqlens: Tensor) -> None:
+    B, device = cu_seqlens.shape[0] - 1, cu_seqlens.device
+    if lookahead.shape != (B,) or lookahead.dtype is not torch.int32 or lookahead.device != device:
+        got = f"{tuple(lookahead.shape)} {lookahead.dtype} on {lookahead.device}"
+        raise ValueError(f"need lookahead ({B},) int32 on {device}; got {got}")
 
 
 def _check_plan(plan: VarlenPlan, cu_seqlens: Tensor, max_seqlen: int, max_seqlen_k: int) -> None:
@@ -84,4 +94,4 @@ def padded_layout(
     rows = torch.arange(B + 1, dtype=torch.int32, device=q.device)
     cu, cu_k = rows * N, rows * M
     plan = unsorted_plan(cu, cu_k, N, M)
-    return Layout(cu, cu_k, lengths, lengths_k, plan.tiles, plan.order, N, M)
+    return Layout(cu, cu_k, lengths, lengths_k, None, plan.tiles, plan.order, N, M)

@@ -23,8 +23,9 @@ from .plan import Layout
 Backend = Literal["reference", "chunked", "triton", "varlen_attn"]
 
 _LAYOUT = (
-    "Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? used, Tensor? used_k, Tensor tiles, "
-    "Tensor order, SymInt max_seqlen, SymInt max_seqlen_k, bool causal, float scale, str backend"
+    "Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? used, Tensor? used_k, Tensor? lookahead, "
+    "Tensor tiles, Tensor order, SymInt max_seqlen, SymInt max_seqlen_k, bool causal, float scale, "
+    "str backend"
 )
 # qkv: three tensors, or one (T, 3, H, E), whose gradient is then one tensor too.
 torch.library.define(
@@ -93,15 +94,16 @@ _bwd = torch.ops.siglip2.varlen_attention_bwd.default
 
 
 def _setup(ctx, inputs, output):
-    qkv, cu, cu_k, used, used_k, tiles, order, *ctx.rest = inputs
-    ctx.save_for_backward(*output, cu, cu_k, used, used_k, tiles, order, *qkv)
+    qkv, *layout = inputs[:8]
+    ctx.rest = inputs[8:]
+    ctx.save_for_backward(*output, *layout, *qkv)
 
 
 def _grad(ctx, dout, dlse):
     saved = ctx.saved_tensors  # looked at once: a checkpoint unpacks them no second time
-    out, lse, *layout = saved[:8]
-    grads = _bwd(dout, list(saved[8:]), out, lse, *layout, *ctx.rest)
-    return grads, *([None] * 11)
+    out, lse, *layout = saved[:9]
+    grads = _bwd(dout, list(saved[9:]), out, lse, *layout, *ctx.rest)
+    return grads, *([None] * 12)
 
 
 torch.library.register_autograd("siglip2::varlen_attention", _grad, setup_context=_setup)
@@ -146,7 +148,7 @@ def attend(
         raise ValueError(f"need scale > 0; got {scale}")
     name = choose(backend, _unsupported(q, layout, causal), q.device)
     if name == "reference":
-        out, lse = reference.varlen_attention(q, k, v, *layout[:4], causal=causal, scale=scale)
+        out, lse = reference.varlen_attention(q, k, v, *layout[:5], causal=causal, scale=scale)
     else:
         out, lse = _fwd(list(qkv), *layout, causal, scale, name)
     return out, lse.detach()

@@ -33,6 +33,7 @@ class Layout(NamedTuple):
     cu_seqlens_k: Tensor  # (B+1,) int32
     used: Tensor | None  # (B,) int32; None: all rows from one offset to the next
     used_k: Tensor | None  # (B,) int32
+    lookahead: Tensor | None  # (B,) int32: later tokens that a token of a causal sequence reads
     tiles: Tensor  # (n, 2) int32
     order: Tensor  # (B,) int32
     max_seqlen: int

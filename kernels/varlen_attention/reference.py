@@ -14,6 +14,7 @@ def varlen_attention(
     cu_seqlens_k: Tensor,  # (B+1,)
     used: Tensor | None = None,  # (B,)
     used_k: Tensor | None = None,  # (B,)
+    lookahead: Tensor | None = None,  # (B,)
     *,
     causal: bool = False,
     scale: float,
@@ -23,12 +24,13 @@ def varlen_attention(
     out = q.masked_fill(nothing, 0)  # zeros that have a gradient, also in a pack without keys
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf)
     bounds = paired_bounds(cu_seqlens, cu_seqlens_k, used, used_k)
-    for first, last, first_k, last_k in bounds:
+    ahead = [0] * len(bounds) if lookahead is None else lookahead.tolist()
+    for (first, last, first_k, last_k), more in zip(bounds, ahead, strict=True):
         if first == last or first_k == last_k:
             continue
         scores = torch.einsum("the,she->hts", q[first:last], k[first_k:last_k]) * scale
         if causal:
-            later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+            later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1 + more)
             scores = scores.masked_fill(later, -torch.inf)
         p = torch.softmax(scores, dim=-1)
         out[first:last] = torch.einsum("hts,she->the", p, v[first_k:last_k])

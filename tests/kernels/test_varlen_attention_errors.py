@@ -91,3 +91,11 @@ def test_triton_says_which_widths_and_dtypes_it_takes(cu, E, dtype):
 def test_eager_on_the_cpu_only(qkv, cu):
     with pytest.raises(NotImplementedError, match="lengths read on the host, got cuda"):
         varlen_qkv_attention(qkv.cuda(), cu.cuda(), 3, backend="chunked")
+
+
+def test_rejects_wrong_lookahead(qkv, cu):
+    ahead = torch.zeros(cu.shape[0] - 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="need causal=True with lookahead"):
+        varlen_qkv_attention(qkv, cu, 9, lookahead=ahead)
+    with pytest.raises(ValueError, match=r"need lookahead \(\d+,\) int32 on cpu; got"):
+        varlen_qkv_attention(qkv, cu, 9, causal=True, lookahead=ahead.long())

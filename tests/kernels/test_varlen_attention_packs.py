@@ -104,7 +104,7 @@ def test_opcheck_and_fullgraph(backend, device):
     lengths = [3, 5]
     qkv = make_qkv(lengths, device).requires_grad_()
     plan = make_plan(lengths, device=device)
-    layout = (plan.cu_seqlens, plan.cu_seqlens, None, None, plan.tiles, plan.order)
+    layout = (plan.cu_seqlens, plan.cu_seqlens, None, None, None, plan.tiles, plan.order)
     args = ([qkv], *layout, plan.max_seqlen, plan.max_seqlen_k, False, 0.1, backend)
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.siglip2.varlen_attention.default, args, test_utils=utils)
