@@ -20,29 +20,30 @@ LAYER_NORM_EPS = 1e-6  # flax's default; the released weights need it
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
     def reset_parameters(self) -> None:
         """Left to the tower's `init_weights`, which knows each layer's role."""
 
 
 class LayerNorm(nn.LayerNorm):
-    def __init__(self, width: int):
-        super().__init__(width, eps=LAYER_NORM_EPS)
+    def __init__(self, width: int, *, bias: bool = True):
+        super().__init__(width, eps=LAYER_NORM_EPS, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int, mlp_width: int):
+    def __init__(self, width: int, mlp_width: int, *, bias: bool = True):
         super().__init__()
-        self.fc1 = Linear(width, mlp_width)
-        self.fc2 = Linear(mlp_width, width)
+        self.fc1 = Linear(width, mlp_width, bias=bias)
+        self.fc2 = Linear(mlp_width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.fc1) is not Linear:  # somebody's adapter around it
+        if type(self.fc1) is not Linear or self.fc1.bias is None:  # or somebody's adapter around it
             return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         h = F.linear(x, self.fc1.weight.to(x.dtype))
         return self.fc2(bias_gelu(h, self.fc1.bias))
@@ -117,6 +118,8 @@ def init_linear(layer: Linear, *, bias_std: float = 0.0, num_stacked: int = 1) -
     """Xavier-uniform for each of the `num_stacked` square matrices that share one weight."""
     for part in layer.weight.chunk(num_stacked, dim=0):
         nn.init.xavier_uniform_(part)
+    if layer.bias is None:
+        return
     nn.init.normal_(layer.bias, std=bias_std) if bias_std else nn.init.zeros_(layer.bias)
 
 

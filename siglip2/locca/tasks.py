@@ -1,0 +1,93 @@
+"""What the decoder is asked: three kinds of texts about an image (LocCa, section 3.1).
+
+    captioning            "Cap: {caption}"
+    referring expression  "ARef: {phrase} : {box}"
+    grounded captioning   "GCap: {box} : {phrase}"
+
+Boxes are integers as plain text. The loss covers all that follows the first word, so either of
+box and phrase is learned in both. Box order and range are not published for SigLIP 2: "ymin xmin
+ymax xmax" from 0 to 500.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+Task = Literal["caption", "refer", "ground"]
+TASKS: tuple[Task, ...] = ("caption", "refer", "ground")
+PREFIXES: dict[Task, str] = {"caption": "Cap:", "refer": "ARef:", "ground": "GCap:"}
+MAX_COORDINATE = 500  # LocCa: "up to 500"
+SEPARATOR = " : "
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of the sides
+
+
+class Encoder(Protocol):
+    eos_id: int
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+class TaskText(NamedTuple):
+    """One text in tokens; `prefix` of them are given, not guessed."""
+
+    task: Task
+    ids: tuple[int, ...]  # with the end token where there was room
+    prefix: int
+
+
+class ImageTexts(NamedTuple):
+    """What is to be said of one image, in words."""
+
+    caption: str | None = None
+    phrase: str | None = None
+    box: Box | None = None  # of the phrase; without one of both only the caption counts
+
+
+def box_to_text(box: Box) -> str:
+    """ "ymin xmin ymax xmax", whole numbers from 0 to 500.
+
+    Raises ValueError for a box that is empty, inverted, not finite or outside the image.
+    """
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise ValueError(f"need a box (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1, y alike; got {box}")
+    return " ".join(str(round(MAX_COORDINATE * c)) for c in (y0, x0, y1, x1))
+
+
+def text_to_box(text: str) -> Box | None:
+    """The first four numbers of a text as a box; None where they are none."""
+    numbers = [int(n) for n in re.findall(r"\d+", text)[:4]]
+    if len(numbers) < 4 or max(numbers) > MAX_COORDINATE:
+        return None
+    y0, x0, y1, x1 = (n / MAX_COORDINATE for n in numbers)
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def prompt(task: Task, given: str = "") -> str:
+    """What a text of this task begins with; `given` is the phrase, or the box as text."""
+    return f"{PREFIXES[task]} {given}{SEPARATOR}" if given else PREFIXES[task]
+
+
+def task_texts(image: ImageTexts, encoder: Encoder, length: int) -> list[TaskText]:
+    """An image's texts in tokens, at most `length` each; without phrase or box the caption alone.
+
+    Raises ValueError for a box that is none.
+    """
+    said: list[tuple[Task, str]] = []
+    if image.caption is not None:
+        said.append(("caption", image.caption))
+    if image.phrase is not None and image.box is not None:
+        box = box_to_text(image.box)
+        said.append(("refer", f"{image.phrase}{SEPARATOR}{box}"))
+        said.append(("ground", f"{box}{SEPARATOR}{image.phrase}"))
+    # Apart, so that where the prefix ends does not depend on what follows it.
+    prefixes = encoder.encode([PREFIXES[task] for task, _ in said])
+    bodies = encoder.encode([text for _, text in said])
+    texts = []
+    for (task, _), prefix, body in zip(said, prefixes, bodies, strict=True):
+        start = [i for i in prefix if i != encoder.eos_id]
+        ids = [*start, *body]
+        if len(ids) > length:
+            ids = [*ids[: length - 1], encoder.eos_id]
+        texts.append(TaskText(task, tuple(ids), len(start)))
+    return texts
