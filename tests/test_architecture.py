@@ -65,6 +65,7 @@ HOST_BOUNDARIES = (
     "_core/varlen.py",
     "posemb_resample/",
     "map_pool/reference.py",
+    "varlen_attention/reference.py",
     "models/inputs.py",
     "models/weights/",
     "models/factory.py",

@@ -149,21 +149,12 @@ def fwd(
         rows = x[part]
         mm_f32(rows, weight.T, out=logits[:n, :V])
         g = logits.view(x.dtype)[:n, :V] if needs_grad else None
+        best = is_best[part].view(torch.uint8) if wants_accuracy else None
+        tokens = (target[part], bias, row_weight[part], losses[part], lse[part], best)
+        sizes = (V, width, 0 if g is None else g.stride(0))
+        options = (label_smoothing, z_loss, 1.0 if softcap is None else softcap)
         _row_kernel[(n,)](
-            logits,
-            g,
-            target[part],
-            bias,
-            row_weight[part],
-            losses[part],
-            lse[part],
-            is_best[part].view(torch.uint8) if wants_accuracy else None,
-            V,
-            width,
-            0 if g is None else g.stride(0),
-            label_smoothing,
-            z_loss,
-            1.0 if softcap is None else softcap,
+            *(logits, g, *tokens, *sizes, *options),
             HAS_SMOOTHING=label_smoothing != 0,
             HAS_SOFTCAP=softcap is not None,
             BV=min(COLUMNS, triton.next_power_of_2(V)),

@@ -62,6 +62,7 @@ def linear_cross_entropy(
         ValueError: A shape, dtype, device or number is wrong.
         NotImplementedError: The asked-for backend does not take this input.
     """
+    T = x.shape[0]
     rows, plan = make_plan(
         *(x, weight, target, bias),
         token_weight=token_weight,
@@ -75,16 +76,15 @@ def linear_cross_entropy(
     )
     run = _reference if plan.backend == "reference" else _fused
     loss, lse, is_best = run(rows, weight, bias, weight_grad_out, plan, reduction)
-    accuracy = _accuracy(is_best, plan, reduction) if return_accuracy else None
-    if valid_index is not None:
-        T = x.shape[0]
-        loss = _spread(loss, valid_index, T) if reduction == "none" else loss
-        lse = _spread(lse, valid_index, T)
-        if return_accuracy and reduction == "none":
-            accuracy = _spread(accuracy, valid_index, T)
-    if not (return_lse or return_accuracy):
-        return loss
-    return LossAndStatistics(loss, lse if return_lse else None, accuracy)
+    found = LossAndStatistics(
+        loss,
+        lse if return_lse else None,
+        _accuracy(is_best, plan, reduction) if return_accuracy else None,
+    )
+    if valid_index is not None:  # one value a token goes where that token is
+        each = [x if x is None or x.ndim == 0 else _spread(x, valid_index, T) for x in found]
+        found = LossAndStatistics(*each)
+    return found if return_lse or return_accuracy else found.loss
 
 
 def _fused(x, weight, bias, weight_grad_out, plan: Plan, reduction: str):

@@ -40,8 +40,15 @@ def _sigmoid_loss_flops(img, txt, *args, out_val, **_) -> int:
     return 2 * (1 + needs_dimg + needs_dtxt) * img.shape[0] * txt.shape[0] * img.shape[1]
 
 
+def _linear_cross_entropy_flops(x, weight, *args, out_val, **_) -> int:
+    """2 T V D for the logits and as much for each gradient but the bias's."""
+    needs_dx, needs_dweight, _needs_dbias, _wants_accuracy, _backend = args[-5:]
+    return 2 * (1 + needs_dx + needs_dweight) * x.shape[0] * weight.numel()
+
+
 FLOPS = {
     **flop_registry,
+    _ours.linear_cross_entropy: _linear_cross_entropy_flops,
     _ours.sigmoid_loss: _sigmoid_loss_flops,
     _ours.varlen_attention: _attention_flops(2),
     _ours.varlen_attention_bwd: lambda dout, *args, **options: _attention_flops(5)(
