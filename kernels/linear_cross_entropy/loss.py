@@ -62,7 +62,6 @@ def linear_cross_entropy(
         ValueError: A shape, dtype, device or number is wrong.
         NotImplementedError: The asked-for backend does not take this input.
     """
-    T = x.shape[0]
     rows, plan = make_plan(
         *(x, weight, target, bias),
         token_weight=token_weight,
@@ -76,15 +75,18 @@ def linear_cross_entropy(
     )
     run = _reference if plan.backend == "reference" else _fused
     loss, lse, is_best = run(rows, weight, bias, weight_grad_out, plan, reduction)
-    found = LossAndStatistics(
-        loss,
-        lse if return_lse else None,
-        _accuracy(is_best, plan, reduction) if return_accuracy else None,
-    )
-    if valid_index is not None:  # one value a token goes where that token is
-        each = [x if x is None or x.ndim == 0 else _spread(x, valid_index, T) for x in found]
-        found = LossAndStatistics(*each)
+    accuracy = _accuracy(is_best, plan, reduction) if return_accuracy else None
+    found = LossAndStatistics(loss, lse if return_lse else None, accuracy)
+    if valid_index is not None:
+        found = _placed(found, valid_index, x.shape[0])
     return found if return_lse or return_accuracy else found.loss
+
+
+def _placed(found: LossAndStatistics, index: Tensor, T: int) -> LossAndStatistics:
+    """What has one value a token, with 0 for tokens that are not in the index."""
+    return LossAndStatistics(
+        *(x if x is None or x.ndim == 0 else _spread(x, index, T) for x in found)
+    )
 
 
 def _fused(x, weight, bias, weight_grad_out, plan: Plan, reduction: str):
