@@ -13,8 +13,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 # Local tars up to this size are indexed and read in any order; larger ones are streamed.
 INDEXED_TARS_BYTES = 1 << 30
 _KINDS = (
-    "'quickstart:train', tars 'x-{000..007}.tar' (also globs and a.tar::b.tar), a folder of "
-    "images, a .csv, .tsv, .jsonl or .parquet file, or 'hf:NAME_OR_FOLDER[:split]'"
+    "'quickstart:train', 'scenes:train', tars 'x-{000..007}.tar' (also globs and a.tar::b.tar), a "
+    "folder of images, a .csv, .tsv, .jsonl or .parquet file, or 'hf:NAME_OR_FOLDER[:split]'"
 )
 
 
@@ -82,6 +82,16 @@ def _open_quickstart(part: str, config: DataConfig) -> Source:
     return source
 
 
+def _open_scenes(part: str, config: DataConfig) -> Source:
+    from siglip2.data.scenes import Scenes
+
+    if part not in ("train", "heldout"):
+        raise DataError(f"scenes are 'scenes:train' or 'scenes:heldout'; got 'scenes:{part}'")
+    held_out = part == "heldout"
+    drawings = _open_quickstart("train", config)
+    return Scenes(drawings, count=1_000 if held_out else 20_000, held_out=held_out)
+
+
 def _open_tars(spec: str, config: DataConfig) -> Source:
     from siglip2.data.tars import IndexedTars, StreamedTars, expand_shards
 
@@ -105,6 +115,8 @@ def open_source(spec: str, config: DataConfig | None = None) -> Source:
     kind, _, rest = spec.partition(":")
     if kind == "quickstart":
         return _open_quickstart(rest or "train", config)
+    if kind == "scenes":
+        return _open_scenes(rest or "train", config)
     if kind == "hf":
         from siglip2.data.hf import open_hf
 

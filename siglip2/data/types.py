@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from siglip2.data.regions import Region
 from siglip2.errors import DataError
 
 
@@ -28,6 +29,7 @@ class Example(NamedTuple):
     captions: Mapping[str, str]  # language tag -> caption; "und" when the source does not say
     group: str  # examples of one group show the same thing and are positives of one another
     subset: str = ""  # a part that evaluation reports by itself (quick start: the drawing style)
+    regions: tuple[Region, ...] = ()  # parts of the image, with names
 
 
 class PackedImages(NamedTuple):

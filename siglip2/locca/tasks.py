@@ -63,9 +63,19 @@ def text_to_box(text: str) -> Box | None:
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
 
-def prompt(task: Task, given: str = "") -> str:
-    """What a text of this task begins with; `given` is the phrase, or the box as text."""
-    return f"{PREFIXES[task]} {given}{SEPARATOR}" if given else PREFIXES[task]
+def prompts(task: Task, given: Sequence[str], encoder: Encoder) -> list[list[int]]:
+    """Tokens that texts of this task begin with, as in training.
+
+    `given` are phrases, boxes as text, or empty strings for captions.
+    """
+    start = _without_end(encoder.encode([PREFIXES[task]])[0], encoder)
+    # No space behind: it belongs to the token that comes next.
+    bodies = encoder.encode([f"{text}{SEPARATOR}".rstrip() if text else "" for text in given])
+    return [start + _without_end(body, encoder) for body in bodies]
+
+
+def _without_end(ids: list[int], encoder: Encoder) -> list[int]:
+    return [i for i in ids if i != encoder.eos_id]
 
 
 def task_texts(image: ImageTexts, encoder: Encoder, length: int) -> list[TaskText]:
@@ -85,7 +95,7 @@ def task_texts(image: ImageTexts, encoder: Encoder, length: int) -> list[TaskTex
     bodies = encoder.encode([text for _, text in said])
     texts = []
     for (task, _), prefix, body in zip(said, prefixes, bodies, strict=True):
-        start = [i for i in prefix if i != encoder.eos_id]
+        start = _without_end(prefix, encoder)
         ids = [*start, *body]
         if len(ids) > length:
             ids = [*ids[: length - 1], encoder.eos_id]

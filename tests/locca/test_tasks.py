@@ -3,7 +3,7 @@
 import pytest
 from locca.test_decoder import Words
 
-from siglip2.locca.tasks import ImageTexts, box_to_text, prompt, task_texts, text_to_box
+from siglip2.locca.tasks import ImageTexts, box_to_text, prompts, task_texts, text_to_box
 
 
 def test_a_box_is_four_numbers_down_before_across():
@@ -46,8 +46,10 @@ def test_three_texts_with_their_prefixes():
         "gcap: 0 0 500 250 : the dog <eos>",
     ]
     assert [text.prefix for text in texts] == [1, 1, 1]
-    assert prompt("refer", "the dog") == "ARef: the dog : "
-    assert prompt("caption") == "Cap:"
+    asked = prompts("refer", ["the dog", "a cat there"], words)
+    assert asked[0] == list(texts[1].ids[:4])
+    assert len(asked[1]) == 5
+    assert prompts("caption", [""], words) == [list(texts[0].ids[:1])]
 
 
 def test_long_texts_are_cut_and_end():
