@@ -5,7 +5,6 @@ chunk of rows at a time, and three sums per tile, which are added up in a fixed 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,6 +14,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._core.chunks import row_chunks
 from .._core.matmul import addmm_f32_, mm_f32, unit_scale
+from .._core.tile_product import (
+    Tile,
+    capability_of,
+    has_tma,
+    num_programs,
+    product_tile,
+    split_columns,
+    tile_at,
+)
 from .._core.triton_math import LOG2_E
 from ._pair_terms import load_side, pair_terms
 
@@ -22,37 +30,20 @@ from ._pair_terms import load_side, pair_terms
 MAX_ELEMENTS = 1 << 28
 
 
-class Config(NamedTuple):
-    BB: int  # rows of a tile
-    BM: int  # columns of a tile
-    BD: int  # depth of one step of the product
-    pieces: int  # 2, 4 or 8 in which the epilogue takes the columns: a whole tile spills registers
-    num_warps: int
-    num_stages: int
-    blocks: int  # that share a multiprocessor: one multiplies while another is in its epilogue
-    is_flat: bool  # loops over tiles and depth are one, so loads run ahead through the epilogue
-
-    @property
-    def maxnreg(self) -> int | None:
-        """Registers of a thread with which so many blocks fit; None: no limit but the machine's."""
-        most = 65536 // (self.blocks * self.num_warps * 32) // 8 * 8
-        return most if most < 255 else None
-
-
 # Chosen by compile reports (registers, spills, shared memory); no GPU has timed them.
-HOPPER = Config(128, 128, 64, pieces=8, num_warps=8, num_stages=3, blocks=2, is_flat=True)
+HOPPER = Tile(128, 128, 64, pieces=8, num_warps=8, num_stages=3, blocks=2, is_flat=True)
 # Flattening repeats the epilogue here, and eight warps compute each pair twice.
-BLACKWELL = Config(128, 128, 64, pieces=8, num_warps=4, num_stages=3, blocks=2, is_flat=False)
+BLACKWELL = Tile(128, 128, 64, pieces=8, num_warps=4, num_stages=3, blocks=2, is_flat=False)
 # Flattening spills 32 bytes; three blocks fill each other's gaps without it.
-AMPERE = Config(128, 64, 64, pieces=4, num_warps=4, num_stages=3, blocks=3, is_flat=False)
+AMPERE = Tile(128, 64, 64, pieces=4, num_warps=4, num_stages=3, blocks=3, is_flat=False)
 # A multiprocessor of Ada and of consumer GPUs has 100 KB of shared memory.
-CONSUMER = Config(128, 64, 32, pieces=4, num_warps=4, num_stages=3, blocks=2, is_flat=True)
+CONSUMER = Tile(128, 64, 32, pieces=4, num_warps=4, num_stages=3, blocks=2, is_flat=True)
 # Float32 products without TF32 run on the ordinary cores.
-FLOAT32 = Config(64, 64, 32, pieces=2, num_warps=4, num_stages=2, blocks=2, is_flat=True)
+FLOAT32 = Tile(64, 64, 32, pieces=2, num_warps=4, num_stages=2, blocks=2, is_flat=True)
 # With ids and weights, whose registers cost a block or columns.
 FULL = {
     HOPPER: HOPPER._replace(blocks=1),
-    BLACKWELL: BLACKWELL._replace(BM=64, pieces=4),
+    BLACKWELL: BLACKWELL._replace(BV=64, pieces=4),
     AMPERE: AMPERE._replace(blocks=2, is_flat=True),
 }
 GROUP = 8  # tiles of rows that share their columns while those are in L2
@@ -63,117 +54,25 @@ def config(
     capability: tuple[int, int],
     *,
     is_plain: bool = True,  # neither ids nor weights
-    has_tma: bool = True,  # without, Hopper's addresses cost a block as well
-) -> Config:
+    reads_by_tma: bool = True,  # without, Hopper's addresses cost a block as well
+) -> Tile:
     if dtype is torch.float32:
         return FLOAT32
     if capability == (8, 0):
         tile = AMPERE
     else:
         tile = {9: HOPPER, 10: BLACKWELL}.get(capability[0], CONSUMER)
-    is_light = is_plain and (has_tma or tile is not HOPPER)
+    is_light = is_plain and (reads_by_tma or tile is not HOPPER)
     return tile if is_light else FULL.get(tile, tile)
-
-
-def has_tma(dtype: torch.dtype, capability: tuple[int, int], *matrices: Tensor) -> bool:
-    """Whether tensor descriptors can read the rows of `matrices` (CUDA guide, 10.29.1)."""
-    return (
-        dtype is not torch.float32
-        and capability[0] in (9, 10)
-        and all(
-            x.data_ptr() % 16 == 0 and x.stride(0) > 0 and x.stride(0) * x.itemsize % 16 == 0
-            for x in matrices
-        )
-    )
-
-
-def _capability(x: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
 
 
 def _choice(
     img: Tensor, txt: Tensor, pairs: Sequence[Tensor | None]
-) -> tuple[Config, bool]:  # the tile, and whether descriptors read the rows
-    capability = _capability(img)
+) -> tuple[Tile, bool]:  # the tile, and whether descriptors read the rows
+    capability = capability_of(img)
     tma = has_tma(img.dtype, capability, img, txt)
     is_plain = all(x is None for x in pairs)
-    return config(img.dtype, capability, is_plain=is_plain, has_tma=tma), tma
-
-
-def _num_programs(tile: Config, device: torch.device) -> int:
-    """As many as run at a time; few under the interpreter, so that its tests see the loop."""
-    if device.type != "cuda":
-        return 4
-    return tile.blocks * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@triton.jit
-def _tile_index(i_tile, B, M, BB: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
-    """Neighbouring tiles share rows and columns, so that both are read from L2."""
-    num_b, num_m = tl.cdiv(B, BB), tl.cdiv(M, BM)
-    first_b = i_tile // (GROUP * num_m) * GROUP
-    group = tl.minimum(num_b - first_b, GROUP)
-    i_b = first_b + i_tile % (GROUP * num_m) % group
-    i_m = i_tile % (GROUP * num_m) // group
-    return i_b, i_m
-
-
-@triton.jit
-def _raw_tile(
-    img,
-    txt,
-    i_b,
-    i_m,
-    B,
-    M,
-    stride_img,
-    stride_txt,
-    D: tl.constexpr,
-    BB: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-    HAS_TMA: tl.constexpr,
-):
-    b_raw = tl.zeros((BB, BM), tl.float32)
-    if not HAS_TMA:
-        # Rows past the end repeat the last one: loads need no mask, the epilogue drops them.
-        o_b = tl.minimum(i_b * BB + tl.arange(0, BB), B - 1).to(tl.int64)
-        o_m = tl.minimum(i_m * BM + tl.arange(0, BM), M - 1).to(tl.int64)
-        o_d = tl.arange(0, BD)
-        p_img = img + o_b[:, None] * stride_img + o_d[None, :]
-        p_txt = txt + o_m[:, None] * stride_txt + o_d[None, :]
-    for d in range(0, D, BD):
-        if HAS_TMA:
-            b_img = img.load([i_b * BB, d])  # [BB, BD], 0 outside
-            b_txt = txt.load([i_m * BM, d])  # [BM, BD]
-        elif D % BD == 0:
-            b_img = tl.load(p_img + d)
-            b_txt = tl.load(p_txt + d)
-        else:
-            m_d = o_d[None, :] < D - d
-            b_img = tl.load(p_img + d, mask=m_d, other=0.0)
-            b_txt = tl.load(p_txt + d, mask=m_d, other=0.0)
-        # "ieee" keeps float32 inputs from TF32; half-precision products are exact either way.
-        b_raw = tl.dot(b_img, b_txt.T, b_raw, input_precision="ieee")
-    return b_raw  # [BB, BM]
-
-
-@triton.jit
-def _halves(b, BB: tl.constexpr, BN: tl.constexpr):
-    """Left and right columns of b [BB, BN]."""
-    return b.reshape(BB, 2, BN // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _split_columns(b, BB: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):
-    """b [BB, BN] as a tuple of 2, 4 or 8 blocks, from left to right."""
-    pieces = _halves(b, BB, BN)
-    if PIECES >= 4:
-        pieces = _halves(pieces[0], BB, BN // 2) + _halves(pieces[1], BB, BN // 2)
-    if PIECES == 8:
-        left = _halves(pieces[0], BB, BN // 4) + _halves(pieces[1], BB, BN // 4)
-        pieces = left + _halves(pieces[2], BB, BN // 4) + _halves(pieces[3], BB, BN // 4)
-    return pieces
+    return config(img.dtype, capability, is_plain=is_plain, reads_by_tma=tma), tma
 
 
 @triton.jit(do_not_specialize=["B", "M", "first_row"])  # so that no batch size compiles anything
@@ -215,12 +114,14 @@ def _tile_kernel(
     for i_tile in tl.range(
         tl.program_id(0), tl.cdiv(B, BB) * num_m, tl.num_programs(0), flatten=FLATTEN
     ):
-        i_b, i_m = _tile_index(i_tile, B, M, BB, BM, GROUP)
-        b_raw = _raw_tile(img, txt, i_b, i_m, B, M, stride_img, stride_txt, D, BB, BM, BD, HAS_TMA)
+        i_b, i_m = tile_at(i_tile, B, M, BB, BM, GROUP)
+        b_raw = product_tile(
+            img, txt, i_b, i_m, B, M, stride_img, stride_txt, D, BB, BM, BD, HAS_TMA
+        )
         o_b = i_b * BB + tl.arange(0, BB)
         m_b = o_b < B
         img_side = load_side(o_b, B, first_row, img_ids_ptr, img_ignore_ids_ptr, img_weight_ptr)
-        b_pieces = _split_columns(b_raw, BB, BM, PIECES)
+        b_pieces = split_columns(b_raw, BB, BM, PIECES)
         b_rows = tl.zeros((BB,), tl.float32)
         b_graw = tl.zeros((BB,), tl.float32)
         b_gsum = tl.zeros((BB,), tl.float32)
@@ -287,12 +188,12 @@ def _launch(
     tile, tma = _choice(img, txt, pairs)
     strides = img.stride(0), txt.stride(0), 0 if g is None else g.stride(0)
     if tma:
-        img = TensorDescriptor.from_tensor(img, [tile.BB, tile.BD])
-        txt = TensorDescriptor.from_tensor(txt, [tile.BM, tile.BD])
+        img = TensorDescriptor.from_tensor(img, [tile.BT, tile.BD])
+        txt = TensorDescriptor.from_tensor(txt, [tile.BV, tile.BD])
         if g is not None:
-            g = TensorDescriptor.from_tensor(g, [tile.BB, tile.BM // tile.pieces])
-    tiles = triton.cdiv(B, tile.BB) * triton.cdiv(M, tile.BM)
-    _tile_kernel[(min(tiles, _num_programs(tile, log_scale.device)),)](
+            g = TensorDescriptor.from_tensor(g, [tile.BT, tile.BV // tile.pieces])
+    tiles = triton.cdiv(B, tile.BT) * triton.cdiv(M, tile.BV)
+    _tile_kernel[(min(tiles, num_programs(tile, log_scale.device)),)](
         img,
         txt,
         log_scale,
@@ -307,8 +208,8 @@ def _launch(
         first_row,
         *strides,
         D=D,
-        BB=tile.BB,
-        BM=tile.BM,
+        BB=tile.BT,
+        BM=tile.BV,
         BD=tile.BD,
         PIECES=tile.pieces,
         GROUP=GROUP,
@@ -348,15 +249,15 @@ def fwd(
     scalars = log_scale.float(), bias.float()
     dimg = img.new_empty((B if needs_dimg else 0, D), dtype=torch.float32)
     dtxt = txt.new_zeros((M if needs_dtxt else 0, D), dtype=torch.float32)
-    chunks = list(row_chunks(B, M, MAX_ELEMENTS, multiple=tile.BB))
+    chunks = list(row_chunks(B, M, MAX_ELEMENTS, multiple=tile.BT))
     g = None
     if needs_dimg or needs_dtxt:
-        most = triton.cdiv(chunks[0][1], tile.BB) * tile.BB
-        g = img.new_empty(most, triton.cdiv(M, tile.BM) * tile.BM)
+        most = triton.cdiv(chunks[0][1], tile.BT) * tile.BT
+        g = img.new_empty(most, triton.cdiv(M, tile.BV) * tile.BV)
     totals = []
     for start, stop in chunks:
         x = img[start:stop]
-        tiles = triton.cdiv(stop - start, tile.BB) * triton.cdiv(M, tile.BM)
+        tiles = triton.cdiv(stop - start, tile.BT) * triton.cdiv(M, tile.BV)
         part = img.new_empty((tiles, 3), dtype=torch.float32)
         outputs = {"g": g, "totals": part}
         _launch(x, txt, *scalars, *_part(pairs, start, stop), first_row=start, **outputs)
@@ -383,10 +284,10 @@ def sums(
     scalars = log_scale.float(), bias.float()
     rows = img.new_empty(B, dtype=torch.float32)
     columns = txt.new_zeros(M, dtype=torch.float32)
-    for start, stop in row_chunks(B, M, MAX_ELEMENTS, multiple=tile.BB):
+    for start, stop in row_chunks(B, M, MAX_ELEMENTS, multiple=tile.BT):
         n = stop - start
-        row_part = rows.new_empty(triton.cdiv(M, tile.BM), n)
-        column_part = rows.new_empty(triton.cdiv(n, tile.BB), M)
+        row_part = rows.new_empty(triton.cdiv(M, tile.BV), n)
+        column_part = rows.new_empty(triton.cdiv(n, tile.BT), M)
         outputs = {"rows": row_part, "columns": column_part}
         x = img[start:stop]
         _launch(x, txt, *scalars, *_part(pairs, start, stop), first_row=start, **outputs)

@@ -39,15 +39,15 @@ def tile_report(
 ):
     major_minor = divmod(capability, 10)
     tma = _triton.has_tma(dtype, major_minor) if tma is None else tma
-    tile = tile or _triton.config(dtype, major_minor, is_plain=not full, has_tma=tma)
+    tile = tile or _triton.config(dtype, major_minor, is_plain=not full, reads_by_tma=tma)
     name = POINTER[dtype]
     types = {"log_scale_ptr": "*fp32", "bias_ptr": "*fp32"} | optional(mode, full)
-    inputs = {"img": (tile.BB, tile.BD), "txt": (tile.BM, tile.BD)}
+    inputs = {"img": (tile.BT, tile.BD), "txt": (tile.BV, tile.BD)}
     if "g" in OUTPUTS[mode]:
-        inputs["g"] = (tile.BB, tile.BM // tile.pieces)
+        inputs["g"] = (tile.BT, tile.BV // tile.pieces)
     for matrix, block in inputs.items():
         types[matrix] = f"tensordesc<{name}[{block[0]}, {block[1]}]>" if tma else f"*{name}"
-    constants = {"D": D, "BB": tile.BB, "BM": tile.BM, "BD": tile.BD, "PIECES": tile.pieces}
+    constants = {"D": D, "BB": tile.BT, "BM": tile.BV, "BD": tile.BD, "PIECES": tile.pieces}
     constants |= {"GROUP": _triton.GROUP, "LIFT": unit_scale(dtype), "HAS_TMA": tma}
     constants |= {"FLATTEN": tile.is_flat}
     constants |= {name: None for name in OPTIONAL if name not in types}
@@ -151,5 +151,5 @@ def test_the_elementwise_pass_builds_without_spills(dtype, mode, full, capabilit
 
 
 def test_report_sees_the_spills_of_a_tile_that_is_too_large():
-    tile = _triton.HOPPER._replace(BM=256, pieces=2, num_warps=4, blocks=1)
+    tile = _triton.HOPPER._replace(BV=256, pieces=2, num_warps=4, blocks=1)
     assert tile_report(torch.bfloat16, 90, "grad", tile=tile).spill_bytes > 0
