@@ -13,6 +13,8 @@ COMMANDS = {
     "train": "train, evaluate and export a model (--dry-run --world-size N: count what it takes)",
     "eval": "zero-shot classification and retrieval of a model on a data set",
     "export": "write a model as hf, open_clip, timm or big_vision",
+    "caption": "say what pictures show, with a decoder trained beside the towers",
+    "locate": "find a phrase in a picture, print its box and draw it",
     "bench": "time the kernels beside their rivals",
     "data": "inspect a data source, or build the default one",
     "config": "list presets, or show one as YAML",
@@ -135,6 +137,18 @@ def _export(argv: list[str]) -> None:
     model = from_pretrained(str(source))
     save_pretrained(model, args.out, format=args.format, tokenizer=tokenizer)
     print(f"wrote {args.out} ({args.format})")
+
+
+def _caption(argv: list[str]) -> None:
+    from .locca.commands import caption
+
+    caption(_parser("caption"), argv)
+
+
+def _locate(argv: list[str]) -> None:
+    from .locca.commands import locate
+
+    locate(_parser("locate"), argv)
 
 
 def _data(argv: list[str]) -> None:

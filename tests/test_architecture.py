@@ -32,7 +32,13 @@ ARROWS = {
         "siglip2.data.types",
         "siglip2.data.images",
     ),
-    "siglip2/locca": ("siglip2_kernels", "siglip2.locca", "siglip2.models", "siglip2.errors"),
+    "siglip2/locca": (
+        "siglip2_kernels",
+        "siglip2.locca",
+        "siglip2.models",
+        "siglip2.data",
+        "siglip2.errors",
+    ),
     "siglip2/recipe": (
         "siglip2_kernels",
         "siglip2.recipe",

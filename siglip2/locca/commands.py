@@ -39,11 +39,11 @@ def caption(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: need at least 1; got {args.batch_size}")
     speaker = load_speaker(args.model, args.tokenizer, device=args.device)
-    draws = _Draws(args)
+    options = _draws(args, speaker.model.device)
     for start in range(0, len(args.image), args.batch_size):
         files = args.image[start : start + args.batch_size]
         pictures = [_read(file) for file in files]
-        texts = answer(speaker, pictures, "caption", [""] * len(files), names=files, **draws.next())
+        texts = answer(speaker, pictures, "caption", [""] * len(files), names=files, **options)
         for file, text in zip(files, texts, strict=True):
             print(f"{file}: {text}")
 
@@ -62,7 +62,7 @@ def locate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         raise ConfigError("need a phrase to look for; got an empty one")
     speaker = load_speaker(args.model, args.tokenizer, device=args.device)
     picture, files = _read(args.image), [args.image]
-    options = _Draws(args).next()
+    options = _draws(args, speaker.model.device)
     [text] = answer(speaker, [picture], "refer", [args.phrase], names=files, **options)
     box = text_to_box(text)
     if box is None:
@@ -90,7 +90,7 @@ def load_speaker(
     """
     path = Path(where)
     path = path / "export" if (path / "export").is_dir() else path
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     decoder = load_decoder(path, device=device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = from_pretrained(path, dtype=dtype, device=device)
@@ -132,7 +132,7 @@ def answer(
         names: Of the pictures, for errors.
         options: Of `siglip2.locca.generate.generate`.
 
-    Raises BadSampleError for what is no picture, ConfigError for options and prompts that cannot be.
+    Raises BadSampleError for what is no picture, ConfigError for a wrong option or a long prompt.
     """
     model, decoder, tokenizer, transform = speaker
     prepared = []
@@ -153,19 +153,21 @@ def answer(
     return [tokenizer.decode(ids) for ids in texts]
 
 
-class _Draws:
-    """Options of `generate`; the draws of one call follow those of the call before."""
+def _draws(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Options of `generate`; the draws of one call go on where those before it ended."""
+    generator = torch.Generator(device).manual_seed(args.seed)
+    return {"temperature": args.temperature, "top_p": args.top_p, "generator": generator}
 
-    def __init__(self, args: argparse.Namespace):
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._options = {
-            "temperature": args.temperature,
-            "top_p": args.top_p,
-            "generator": torch.Generator(device).manual_seed(args.seed),
-        }
 
-    def next(self) -> dict[str, Any]:
-        return self._options
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"need a device of this machine; got {str(name)!r}: {reason}") from None
+    return torch.device(name)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

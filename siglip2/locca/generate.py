@@ -47,11 +47,14 @@ def generate(
     texts = torch.full((N, length), eos_id, dtype=torch.int64, device=device)
     newest = torch.full((N,), BEGIN, dtype=torch.int64, device=device)
     is_done = torch.zeros(N, dtype=torch.bool, device=device)
+    head = decoder.head.to(vision.dtype)  # once, not for each token: it is the largest matrix
     for place in range(length if N else 0):
         x = decoder.embed(newest, torch.full_like(newest, place), vision.dtype)
         for block, kv, cache in zip(decoder.blocks, keys_and_values, caches, strict=True):
             x = block.step(x, kv, plan, cache, place)
-        drawn = _draw(_logits(decoder, decoder.norm(x)), temperature, top_p, generator)
+        drawn = _draw(
+            _logits(decoder.norm(x), head, decoder.head_bias), temperature, top_p, generator
+        )
         is_given = given[:, place] >= 0
         newest = torch.where(is_given, given[:, place], drawn)
         newest = torch.where(is_done, eos_id, newest)
@@ -80,9 +83,12 @@ def _check(
         raise ValueError(f"need temperature >= 0 and top_p in (0, 1]; got {got}")
 
 
-def _logits(decoder: Decoder, hidden: Tensor) -> Tensor:  # (N, D) -> (N, V) float32
-    logits = (hidden @ decoder.head.to(hidden.dtype).T).float()
-    return logits if decoder.head_bias is None else logits + decoder.head_bias
+def _logits(
+    hidden: Tensor, head: Tensor, bias: Tensor | None
+) -> Tensor:  # (N, D), (V, D) -> (N, V), at least float32
+    logits = hidden @ head.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if bias is None else logits + bias
 
 
 def _draw(

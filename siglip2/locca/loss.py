@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from siglip2_kernels import linear_cross_entropy
 
 from ..models.decoder import Decoder
+from ..models.vision import VisionOutput
 from .packing import PackedTexts, pack_texts
 from .tasks import Encoder, ImageTexts, task_texts
 
@@ -66,15 +67,11 @@ class LocCaLoss(nn.Module):
 
     def forward(
         self,
-        vision: Tensor,  # (S, Dv) un-pooled tokens of all images, or (B, N, Dv)
+        vision: Tensor,  # (S, Dv) un-pooled tokens of all images, or (B, N, Dv) padded behind
         packed: PackedTexts,
     ) -> DecoderLoss:
-        """Raises ValueError when the tokens are not of the decoder's `vision_width`."""
-        if vision.ndim == 3:
-            vision = vision.flatten(0, 1)
-        width = self.decoder.config.vision_width
-        if vision.ndim != 2 or vision.shape[1] != width:
-            raise ValueError(f"need vision tokens (S, {width}); got {tuple(vision.shape)}")
+        """Raises ValueError when the tokens are not those that `packed` was made for."""
+        vision = _without_padding(vision, packed, self.decoder.config.vision_width)
         hidden = self.decoder(packed.texts, vision)
         found = linear_cross_entropy(
             hidden,
@@ -87,6 +84,29 @@ class LocCaLoss(nn.Module):
             return_accuracy=True,
         )
         return DecoderLoss(found.loss, found.token_accuracy)
+
+
+def _without_padding(vision: Tensor, packed: PackedTexts, width: int) -> Tensor:  # (S, Dv)
+    cu_seqlens = packed.texts.images.cu_seqlens_k
+    B, S = cu_seqlens.shape[0] - 1, packed.num_vision
+    if vision.shape == (S, width):
+        return vision
+    if (
+        vision.ndim != 3
+        or vision.shape[::2] != (B, width)
+        or vision.shape[1] < packed.longest_vision
+    ):
+        raise ValueError(
+            f"need vision tokens ({S}, {width}), or ({B}, N, {width}) of"
+            f" N >= {packed.longest_vision}; got {tuple(vision.shape)}"
+        )
+    vision, N = vision.flatten(0, 1), vision.shape[1]
+    if vision.shape[0] == S:
+        return vision
+    # Rows of images from the offsets on the device: nothing is waited for.
+    rows = torch.arange(S, device=vision.device)
+    image = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True, out_int32=True)
+    return vision.index_select(0, rows + image * N - cu_seqlens[image])
 
 
 class CaptionLoss(LocCaLoss):
@@ -103,3 +123,21 @@ class CaptionLoss(LocCaLoss):
     ) -> PackedTexts:
         texts = [ImageTexts(caption) for caption in images]
         return super().pack(texts, vision_lengths, encoder, rng=rng, device=device)
+
+
+def locca_losses(
+    locca: LocCaLoss,
+    vision: VisionOutput,
+    packed: PackedTexts,
+    *,
+    weight: float = 1.0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a task adds: terms of its "loss" by name, and scalars worth logging.
+
+    `vision` is the pass that the sigmoid loss pools, so the tower runs once for both.
+
+    Args:
+        weight: Of the decoder's loss beside the sigmoid loss (SigLIP 2, section 2.2: equal).
+    """
+    found = locca(vision.tokens, packed)
+    return {"locca_loss": weight * found.loss}, {"token_accuracy": found.token_accuracy}

@@ -24,6 +24,8 @@ class PackedTexts(NamedTuple):
     weight: Tensor  # (T,) float32: each task's sum to 1; 0 within prefixes
     counted: Tensor  # (n,) int64: tokens of weight; the others need no logits
     task: Tensor  # (T,) int64 number in `TASKS`
+    num_vision: int  # vision tokens of all images
+    longest_vision: int  # vision tokens of the image with the most
 
 
 def pack_texts(
@@ -80,7 +82,8 @@ def pack_texts(
         on["lookahead"],
         make_plan(of_images, vision_lengths, device=device),
     )
-    return PackedTexts(texts, on["target"], on["weight"], on["counted"], on["task"])
+    outputs = (on[name] for name in ("target", "weight", "counted", "task"))
+    return PackedTexts(texts, *outputs, sum(vision_lengths), max(vision_lengths, default=0))
 
 
 def _shares(texts: Sequence[TaskText], *, per_token: bool) -> list[float]:

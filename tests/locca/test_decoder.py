@@ -1,6 +1,7 @@
 """The packed decoder against dense float64 arithmetic with masks, written out here."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -173,12 +174,24 @@ def test_weights_are_those_of_the_paper():
     assert captions[captions > 0].unique().numel() == 1
 
 
-def test_padded_vision_tokens_are_taken_as_they_are():
-    decoder, texts = make_decoder(), random_texts()
-    vision = torch.randn(3, 4, 20, dtype=torch.float64)
-    packed = pack(decoder, texts, lengths=[4, 4, 4])
+@pytest.mark.parametrize("lengths", [LENGTHS, [12, 0, 12], [12] * 3], ids=str)
+def test_padding_of_vision_tokens_is_not_read(lengths):
+    decoder = make_decoder()
+    packed = pack(decoder, random_texts(), lengths=lengths)
+    padded = torch.randn(3, 12, 20, dtype=torch.float64)
+    rows = torch.cat([image[:n] for image, n in zip(padded, lengths, strict=True)])
+    for image, n in zip(padded, lengths, strict=True):
+        image[n:] = torch.nan
     loss = LocCaLoss(decoder)
-    assert torch.equal(loss(vision, packed).loss, loss(vision.flatten(0, 1), packed).loss)
+    results = []
+    for vision in (padded.requires_grad_(), rows.requires_grad_()):
+        found = loss(vision, packed).loss
+        results.append((found, torch.autograd.grad(found, vision)[0]))
+    (found, padded_grad), (expected, grad) = results
+    assert torch.equal(found, expected)
+    taken = torch.arange(12) < torch.tensor(lengths)[:, None]
+    assert torch.equal(padded_grad[taken], grad)
+    assert not padded_grad[~taken].any()
 
 
 def test_initial_loss_is_the_log_of_the_vocabulary():
@@ -235,8 +248,10 @@ def test_wrong_input_is_one_clear_error():
     with pytest.raises(ValueError, match=r"image 1: need a box \(x0, y0, x1, y1\)"):
         loss.pack([ImageTexts("a"), bad], [2, 3], Words(), rng=rng)
     packed = loss.pack([ImageTexts("a")], [2], Words(), rng=rng)
-    with pytest.raises(ValueError, match=r"need vision tokens \(S, 20\); got \(2, 7\)"):
-        loss(torch.zeros(2, 7), packed)
+    needed = r"need vision tokens \(2, 20\), or \(1, N, 20\) of N >= 2; got "
+    for shape in ((2, 7), (3, 20), (2, 2, 20), (1, 1, 20), (1, 2, 7)):
+        with pytest.raises(ValueError, match=needed + re.escape(str(shape))):
+            loss(torch.zeros(shape), packed)
 
 
 def test_published_shapes():
