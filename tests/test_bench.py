@@ -38,7 +38,7 @@ def saved_result(folder, op):
 def test_smoke_shape_of_each_case(op, dtype, tmp_path, capsys):
     case = ops.load(op)
     providers = [name for name in case.rivals if not name.endswith("compile")]
-    modes = "forward,backward,full"
+    modes = ",".join(case.modes)  # some rivals refuse to run a backward twice
     argv = [op, "--providers", ",".join(providers), "--dtype", dtype, "--modes", modes]
     assert run(*argv, "--reps", 5, "--out", tmp_path) == 0
     rows = saved_result(tmp_path, op).rows
@@ -46,6 +46,8 @@ def test_smoke_shape_of_each_case(op, dtype, tmp_path, capsys):
         (name, mode) for name in providers for mode in modes.split(",")
     }
     for row in rows:
+        if row.status == "wrong" and not case.rivals[row.provider].is_ours:
+            continue  # found out, as is the harness's task: torch's chunked head in bf16
         reason = case.rivals[row.provider].unsupported("cpu")
         assert (row.status, row.detail) == (("skipped", reason) if reason else ("ok", "")), row
         assert reason or 0 < row.time_ms.p20 <= row.time_ms.p50 <= row.time_ms.p80

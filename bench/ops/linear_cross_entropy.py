@@ -1,4 +1,4 @@
-"""A language model's head and its loss: T tokens, V words, width D."""
+"""A caption head: T tokens against a vocabulary of V words, model width D."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,8 +12,9 @@ from siglip2_kernels.linear_cross_entropy.reference import linear_cross_entropy 
 
 from ..case import Case, Cost, Mode, Rival
 
-VOCABULARY = 256_000  # Gemma's, which SigLIP 2 has
-SPREAD = 8.0  # standard deviation of logits in the second regime: a trained head's
+V = 256_000  # the multilingual tokenizer's
+CHUNK_TOKENS = 4096  # torch's own rule picks 32 to 128 here, each with a pass over all of dweight
+SMALL_CHUNK_TOKENS = 2048
 
 
 def make(
@@ -24,23 +25,22 @@ def make(
     dtype: torch.dtype,
     device: str,
     generator: torch.Generator,
-    spread: float = 1.0,
+    std: float = 1.0,
 ) -> list[Tensor]:  # (T, D), (V, D), (T,)
-    draw = partial(torch.randn, device=device, generator=generator)
-    x, weight = draw(T, D), draw(V, D) * (spread / D**0.5)
+    """Logits of this standard deviation; every token counts."""
+    draw = partial(torch.randn, device=device, generator=generator, dtype=dtype)
+    x, weight = draw(T, D), draw(V, D).mul_(std / D**0.5)
     target = torch.randint(0, V, (T,), device=device, generator=generator)
-    return [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target]
+    return [x.requires_grad_(), weight.requires_grad_(), target]
 
 
-def eager(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """As trainers write it: logits in the model's dtype, the loss in float32."""
-    return F.cross_entropy((x @ weight.T).float(), target)
-
-
-def torch_fused() -> Callable[..., Tensor]:
-    if not hasattr(F, "linear_cross_entropy"):
-        raise NotImplementedError("this torch has no F.linear_cross_entropy")
-    return F.linear_cross_entropy
+def eager(
+    x: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (T,)
+) -> Tensor:  # ()
+    """As language models' code has it: the product in the inputs' dtype, the rest in float32."""
+    return F.cross_entropy(F.linear(x, weight).float(), target)
 
 
 def liger() -> Callable[..., Tensor]:
@@ -50,22 +50,27 @@ def liger() -> Callable[..., Tensor]:
     return lambda x, weight, target: module(weight, x, target)
 
 
-def cut_cross_entropy() -> Callable[..., Tensor]:
-    from cut_cross_entropy import linear_cross_entropy as fused
+def cut_cross_entropy(impl: str) -> Callable[..., Tensor]:
+    from cut_cross_entropy import linear_cross_entropy as cce
 
-    return lambda x, weight, target: fused(x, weight, target)
+    return lambda x, weight, target: cce(x, weight, target, impl=impl)
+
+
+def torch_chunked(**options: int | str | None) -> Callable[..., Tensor]:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotImplementedError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    chosen = torch.nn.LinearCrossEntropyOptions(**options)
+    return partial(F.linear_cross_entropy, options=chosen)
 
 
 def quack() -> Callable[..., Tensor]:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda x, weight, target: chunked_linear_cross_entropy(
-        x, weight, target, reduction="mean"
-    )
+    return lambda x, weight, target: chunked_linear_cross_entropy(x, weight, target)
 
 
-def logits_bytes(forward: float, full: float) -> Callable[..., float]:
-    """Least memory of an implementation that holds something for each token and word."""
+def bytes_a_logit(forward: float, full: float) -> Callable[..., float]:
+    """Least memory of an implementation that holds something for each of the T x V logits."""
 
     def min_bytes(mode: Mode, *, T: int, V: int, D: int, dtype: torch.dtype) -> float:
         return T * V * (forward if mode == "forward" else full)
@@ -73,54 +78,63 @@ def logits_bytes(forward: float, full: float) -> Callable[..., float]:
     return min_bytes
 
 
-def ours(backend: str | None = None, *, needs_cuda: bool = False, **options: int) -> Rival:
-    def run(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return linear_cross_entropy(x, weight, target, backend=backend, **options)
-
-    return Rival(build=lambda: run, needs_cuda=needs_cuda, is_ours=True)
-
-
 def cost(*, T: int, V: int, D: int, dtype: torch.dtype) -> dict[str, Cost]:
-    operands = (T + V) * D * dtype.itemsize
+    matrices_bytes = (T + V) * D * dtype.itemsize
     return {
-        "forward": Cost(flops=2 * T * V * D, num_bytes=operands),
-        "full": Cost(flops=6 * T * V * D, num_bytes=2 * operands),
+        "forward": Cost(flops=2 * T * V * D, num_bytes=matrices_bytes),
+        "full": Cost(flops=6 * T * V * D, num_bytes=2 * matrices_bytes),
     }
 
 
+def ours(
+    backend: str | None = None, *, needs_cuda: bool = False, chunk_tokens: int | None = None
+) -> Rival:
+    options = {"backend": backend, "chunk_tokens": chunk_tokens}
+    return Rival(
+        build=lambda: partial(linear_cross_entropy, **options), needs_cuda=needs_cuda, is_ours=True
+    )
+
+
+_LIGER = {"module": "liger_kernel", "pip": "liger-kernel", "needs_cuda": True}
+_CCE = {"module": "cut_cross_entropy", "pip": "cut-cross-entropy", "needs_cuda": True}
+_QUACK = {"module": "quack", "pip": "quack-kernels", "needs_cuda": True}
+
+# Bytes a logit of eager, by what must live at a time: float32 logits and log-softmax, in the
+# backward log-softmax, its gradient and that of the logits. compile keeps the product, and in the
+# backward its gradient.
 CASE = Case(
     x_name="T",
     x_label="tokens",
     shapes=[
-        {"T": 60, "V": 500, "D": 64},
-        *({"T": T, "V": VOCABULARY, "D": D} for D in (768, 1152) for T in (32_768, 8_192)),
+        {"T": 64, "V": 1000, "D": 64},
+        *({"T": T, "V": V, "D": D} for T in (32_768, 8192) for D in (768, 1152)),
     ],
+    # No multiples of a tile or of a chunk.
     check_shapes={
-        "cpu": {"T": 60, "V": 500, "D": 64},
-        "cuda": {"T": 1_100, "V": 5_003, "D": 768},
+        "cpu": {"T": 200, "V": 517, "D": 64},
+        "cuda": {"T": CHUNK_TOKENS + 296, "V": 32_003, "D": 768},
     },
-    regimes={"": {}, f"logits of deviation {SPREAD:.0f}": {"spread": SPREAD}},
+    regimes={"logits of std 1": {"std": 1.0}, "logits of std 8": {"std": 8.0}},
     make=make,
     reference=reference,
     rivals={
-        "eager": Rival(build=lambda: eager, min_bytes=logits_bytes(6, 12)),
+        "eager": Rival(build=lambda: eager, min_bytes=bytes_a_logit(8, 12)),
         "compile": Rival(
-            build=lambda: torch.compile(eager, dynamic=False), min_bytes=logits_bytes(2, 4)
+            build=lambda: torch.compile(eager, dynamic=False), min_bytes=bytes_a_logit(2, 4)
         ),
-        "torch": Rival(build=torch_fused),
-        "liger": Rival(build=liger, module="liger_kernel", pip="liger-kernel", needs_cuda=True),
-        "cut-cross-entropy": Rival(
-            build=cut_cross_entropy,
-            module="cut_cross_entropy",
-            pip="cut-cross-entropy",
-            needs_cuda=True,
-        ),
-        "quack": Rival(build=quack, module="quack", pip="quack-kernels", needs_cuda=True),
         "siglip2": ours(),
-        "siglip2-small-chunks": ours(chunk_tokens=2_048),
+        "siglip2-2048": ours(chunk_tokens=SMALL_CHUNK_TOKENS),
         "siglip2-triton": ours("triton", needs_cuda=True),
         "siglip2-cublas": ours("cublas", needs_cuda=True),
         "siglip2-chunked": ours("chunked"),
+        "liger": Rival(build=liger, **_LIGER),
+        "cut-cross-entropy": Rival(build=partial(cut_cross_entropy, "cce"), **_CCE),
+        "cut-cross-entropy-exact": Rival(build=partial(cut_cross_entropy, "cce_exact"), **_CCE),
+        "torch-chunked": Rival(build=torch_chunked),
+        "torch-chunked-4096": Rival(
+            build=partial(torch_chunked, batch_chunk_size=CHUNK_TOKENS, chunking_method=None)
+        ),
+        "quack": Rival(build=quack, **_QUACK),
     },
     cost=cost,
 )

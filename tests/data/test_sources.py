@@ -232,7 +232,9 @@ def test_hf_data_sets_from_disk_and_parquet(tmp_path, monkeypatch):
 
 
 def test_unknown_specs_say_what_is_accepted(tmp_path):
-    with pytest.raises(DataError, match="no data at '/nowhere': need 'quickstart:train', tars"):
+    with pytest.raises(
+        DataError, match="no data at '/nowhere': need 'quickstart:train', 'scenes:train', tars"
+    ):
         open_source("/nowhere")
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(DataError, match=r"cannot tell what '.*x.txt' is: need"):
