@@ -37,10 +37,7 @@ def box_from_pixels(
 
 
 def cropped(region: Region, crop: Box, *, min_kept: float = 0.5) -> Region | None:
-    """The region as a crop of the image shows it; None where less than `min_kept` of it is left.
-
-    A crop may reach beyond the image: what it shows there is no part of any region.
-    """
+    """The region as a crop of the image shows it; None where less than `min_kept` of it is left."""
     x0, y0, x1, y1 = region.box
     left, top, right, bottom = crop
     kept = (max(x0, left), max(y0, top), min(x1, right), min(y1, bottom))
@@ -55,34 +52,3 @@ def cropped(region: Region, crop: Box, *, min_kept: float = 0.5) -> Region | Non
         )
     )
     return region._replace(box=box)
-
-
-def seen_in(
-    regions: Sequence[Region], crop: Box, *, min_kept: float = 0.5
-) -> tuple[Region, ...]:  # in their order
-    """What a crop shows of an image's regions: those of which it shows enough."""
-    found = (cropped(region, crop, min_kept=min_kept) for region in regions)
-    return tuple(region for region in found if region is not None)
-
-
-def shift_crop(dx: float, dy: float) -> Box:
-    """The crop that an image shows once it has moved right and down by these shares of its sides."""
-    return -dx, -dy, 1 - dx, 1 - dy
-
-
-def canvas_crop(
-    *,
-    height: int,  # of the picture, unscaled
-    width: int,
-    canvas_height: int,
-    canvas_width: int,
-    top: int,  # of the picture on the canvas
-    left: int,
-) -> Box:
-    """The crop that a canvas with the picture on it is, as shares of the picture's sides."""
-    return (
-        -left / width,
-        -top / height,
-        (canvas_width - left) / width,
-        (canvas_height - top) / height,
-    )
