@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from siglip2.data.region_records import UNKNOWN_LANGUAGE, regions_of_record
 from siglip2.data.types import BadSampleError, Example
 
+UNKNOWN_LANGUAGE = "und"
 _CAPTION_KEYS = ("captions", "caption", "text")
 
 
@@ -55,10 +55,7 @@ def captions_of_record(record: Mapping[str, Any], caption_key: str | None = None
 def make_example(
     key: str, image: bytes, captions: Mapping[str, str], record: Mapping[str, Any] | None = None
 ) -> Example:
-    """The example; `record` may name its group and subset and hold regions.
-
-    Raises BadSampleError without a caption or with a region that is none.
-    """
+    """The example; `record` may name its group and subset. BadSampleError without a caption."""
     if not captions:
         raise BadSampleError("no caption", key)
     record = record or {}
@@ -69,5 +66,4 @@ def make_example(
         captions=captions,
         group=str(group) if group not in (None, "") else key,
         subset=str(subset) if subset is not None else "",
-        regions=regions_of_record(record, image, key),
     )
