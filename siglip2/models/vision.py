@@ -34,10 +34,14 @@ class VisionTower(nn.Module):
         grid_hw: Tensor,  # (B, 2) int32, on the host: patches down and across each image
         seqs: Sequences,
         dtype: torch.dtype = torch.float32,
+        *,
+        mask: Tensor | None = None,  # (T,) bool: patches that become `mask_token`
+        mask_token: Tensor | None = None,  # (D,)
     ) -> VisionOutput:
         posemb = posemb_resample(self.posemb, grid_hw, num_tokens=patches.shape[0], dtype=dtype)
         weight, bias = self.patch_embed.weight, self.patch_embed.bias
-        x = patch_embed(patches, weight, bias, posemb=posemb, dtype=dtype)
+        masking = {"mask": mask, "mask_token": mask_token}
+        x = patch_embed(patches, weight, bias, posemb=posemb, dtype=dtype, **masking)
         tokens = self.encoder(x, seqs)
         return VisionOutput(tokens, self.pool(tokens, seqs))
 
