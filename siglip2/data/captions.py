@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from siglip2.data.types import BadSampleError, Example
-
 UNKNOWN_LANGUAGE = "und"
 _CAPTION_KEYS = ("captions", "caption", "text")
 
@@ -50,20 +48,3 @@ def captions_of_record(record: Mapping[str, Any], caption_key: str | None = None
         if isinstance(key, str) and key.startswith("caption_"):
             found |= parse_captions(value, key.removeprefix("caption_").replace("_", "-"))
     return found
-
-
-def make_example(
-    key: str, image: bytes, captions: Mapping[str, str], record: Mapping[str, Any] | None = None
-) -> Example:
-    """The example; `record` may name its group and subset. BadSampleError without a caption."""
-    if not captions:
-        raise BadSampleError("no caption", key)
-    record = record or {}
-    group, subset = record.get("group"), record.get("subset")
-    return Example(
-        key=key,
-        image=image,
-        captions=captions,
-        group=str(group) if group not in (None, "") else key,
-        subset=str(subset) if subset is not None else "",
-    )

@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from siglip2.config import DataConfig
-from siglip2.data.captions import captions_of_record, make_example, parse_captions
+from siglip2.data.captions import captions_of_record, parse_captions
+from siglip2.data.records import make_example, read_image
 from siglip2.data.sources import IndexedSource
 from siglip2.data.types import BadSampleError, Example
 from siglip2.errors import DataError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-
-
-def _read_image(path: Path, key: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        raise BadSampleError("missing image file", key) from None
 
 
 class ImageFolder(IndexedSource):
@@ -45,7 +39,7 @@ class ImageFolder(IndexedSource):
         path = self._paths[index]
         key = path.relative_to(self.folder).as_posix()
         captions, record = self._captions(path, key)
-        return make_example(key, _read_image(path, key), captions, record)
+        return make_example(key, read_image(path, key), captions, record)
 
     def _captions(self, path: Path, key: str) -> tuple[dict[str, str], Mapping[str, Any]]:
         try:
@@ -71,7 +65,7 @@ class ImageTable(IndexedSource):
     """A .csv, .tsv or .jsonl with an image path (relative to the file) and captions in each row.
 
     Captions: the column `data.caption_column` (text, or JSON of language -> text), or columns
-    caption_en, caption_de, ... The columns group, subset and language are optional.
+    caption_en, caption_de, ... The columns group, subset, language and regions are optional.
     """
 
     def __init__(self, path: Path, config: DataConfig):
@@ -104,7 +98,7 @@ class ImageTable(IndexedSource):
         # The row's number keeps keys unique where several rows name one image.
         key = f"{name}#{index}"
         record = {**row, "group": row.get("group") or name}
-        return make_example(key, _read_image(self.folder / name, key), captions, record)
+        return make_example(key, read_image(self.folder / name, key), captions, record)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any] | None]:

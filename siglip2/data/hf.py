@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from siglip2.config import DataConfig
-from siglip2.data.captions import captions_of_record, make_example
+from siglip2.data.captions import captions_of_record
+from siglip2.data.records import make_example
 from siglip2.data.sources import IndexedSource
 from siglip2.data.types import BadSampleError, Example
 from siglip2.errors import DataError, require

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 from siglip2.errors import DataError
@@ -25,8 +26,9 @@ def box_from_pixels(
 
     Raises DataError, naming `where`, if it is not four finite numbers, inverted, empty or outside.
     """
-    if len(box) != 4 or not all(math.isfinite(c) for c in box):
-        raise DataError(f"{where}: need a box of four finite numbers; got {list(box)}")
+    numbers = box if isinstance(box, Sequence) and not isinstance(box, str) else ()
+    if len(numbers) != 4 or not all(_is_finite(c) for c in numbers):
+        raise DataError(f"{where}: need a box of four finite numbers; got {box}")
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise DataError(
@@ -34,6 +36,10 @@ def box_from_pixels(
             f" got {list(box)}"
         )
     return x0 / width, y0 / height, x1 / width, y1 / height
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def cropped(region: Region, crop: Box, *, min_kept: float = 0.5) -> Region | None:

@@ -1,4 +1,4 @@
-"""Where examples come from: one interface for the quick start, tars, folders, tables and HF."""
+"""Where examples come from: one interface for the quick start, tars, folders, tables, COCO, HF."""
 
 import re
 from abc import ABC, abstractmethod
@@ -14,7 +14,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 INDEXED_TARS_BYTES = 1 << 30
 _KINDS = (
     "'quickstart:train', 'scenes:train', tars 'x-{000..007}.tar' (also globs and a.tar::b.tar), a "
-    "folder of images, a .csv, .tsv, .jsonl or .parquet file, or 'hf:NAME_OR_FOLDER[:split]'"
+    "folder of images, a .csv, .tsv, .jsonl or .parquet file, 'hf:NAME_OR_FOLDER[:split]', or "
+    "'coco:ANNOTATIONS.json[,CAPTIONS.json][:IMAGES_FOLDER]'"
 )
 
 
@@ -121,6 +122,10 @@ def open_source(spec: str, config: DataConfig | None = None) -> Source:
         from siglip2.data.hf import open_hf
 
         return open_hf(rest, config)
+    if kind == "coco":
+        from siglip2.data.coco import open_coco
+
+        return open_coco(rest)
     if ".tar" in spec or re.match(r"(pipe:|\w+://)", spec):
         return _open_tars(spec, config)
     path = Path(spec).expanduser()
@@ -134,6 +139,10 @@ def open_source(spec: str, config: DataConfig | None = None) -> Source:
         from siglip2.data.files import ImageFolder
 
         return ImageFolder(path)
+    if path.suffix == ".json":
+        from siglip2.data.coco import open_coco
+
+        return open_coco(spec)
     if path.suffix in TABLE_SUFFIXES:
         from siglip2.data.files import ImageTable
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from siglip2.data.captions import captions_of_record, make_example, parse_captions
+from siglip2.data.captions import captions_of_record, parse_captions
+from siglip2.data.records import make_example
 from siglip2.data.sources import IndexedSource, ShardSource
 from siglip2.data.types import BadSampleError, Example
 from siglip2.errors import DataError, require
