@@ -51,11 +51,12 @@ test: $(VENV)/.dev
 	@$(PY) tests/parity/make_venv.py
 	@OMP_NUM_THREADS=2 SIGLIP2_PARITY=1 .venv-parity/bin/python -m pytest -q tests/parity/test_open_clip.py tests/parity/test_open_clip_loss.py tests/parity/test_timm.py
 
+# WHEELS=folder: rivals to install for the benches.  ARGS: see `python3 -P -m siglip2_bench.gpu --help`.
 gpu:
 	@command -v nvidia-smi >/dev/null || { echo "make gpu needs a machine with an NVIDIA GPU: it runs the GPU tests, then" \
 	  "every bench case beside its rivals, into bench/results/<gpu>/. This machine has none."; exit 2; }
 	@python3 -m pip install -q --no-deps --no-build-isolation -e .
-	@python3 -P -m siglip2_bench.gpu
+	@python3 -P -m siglip2_bench.gpu $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-parity build *.egg-info

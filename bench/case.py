@@ -37,6 +37,8 @@ class Rival:
     is_ours: bool = False
     reference: Callable[..., Tensor] | None = None  # where it computes other than the case's
     min_bytes: Callable[..., float] | None = None  # (mode, **shape, dtype) -> bytes
+    # (mode, **shape) -> bytes of float32 sums that it keeps beside gradients of fewer bits
+    accumulator_bytes: Callable[..., float] = lambda mode, **shape: 0.0
 
     def unsupported(self, device: str) -> str | None:
         """Why it cannot run here, or None."""

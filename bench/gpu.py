@@ -1,125 +1,135 @@
-"""What `make gpu` runs: the GPU tests, then every case beside its rivals.
+"""What `make gpu` runs: ceilings, GPU tests, compute-sanitizer, then every case beside its rivals.
 
-Results go to bench/results/<gpu>/.  A run that is cut off goes on where it stopped: each finished
-(op, shape, dtype) is recorded there, with a hash of the code, so that other code starts afresh.
+Results go to bench/results/<gpu>/ as they come.  A run that is cut off goes on where it stopped:
+what is finished is recorded there, with a hash of the code, so that other code starts afresh.
 """
 
 import argparse
 import json
-import subprocess
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from . import ops
-from .case import Shape
-from .cli import save
-from .machine import ROOT, Machine, results_dir, source_digest, this_machine
-from .progress import Progress
-from .report import console
-from .runner import DTYPES, Request, check_rivals, run_case
+from siglip2.errors import ConfigError, Siglip2Error
+
+from . import ceiling, gpu_checks, ops, options, smallest, wheels
+from .gpu_cases import DeadDeviceError, Plan, run_cases
+from .gpu_state import State
+from .machine import Machine, git_commit, results_dir, this_machine
 
 NEEDS_GPU = (
     "make gpu needs a CUDA GPU, and torch finds none here; with one it runs 'pytest -m gpu tests',"
     " then times every op beside its rivals and writes bench/results/<gpu>/."
 )
-NO_TESTS_COLLECTED = 5  # pytest's exit status
-
-
-@dataclass
-class State:
-    """What is done, in <results>/<gpu>/.progress.json."""
-
-    path: Path
-    code: list[str]  # digest of the sources, then the software of the machine
-    tests_passed: bool = False
-    done: list[str] = field(default_factory=list)
-
-    @classmethod
-    def load(cls, path: Path, machine: Machine) -> "State":
-        """The recorded state; an empty one where there is none or it belongs to other code."""
-        fresh = cls(path, [source_digest(), *machine.software])
-        if not path.exists():
-            return fresh
-        raw = json.loads(path.read_text())
-        if raw["code"] != fresh.code:
-            return fresh
-        return replace(fresh, tests_passed=raw["tests_passed"], done=raw["done"])
-
-    def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        raw = {"code": self.code, "tests_passed": self.tests_passed, "done": self.done}
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(raw, indent=1) + "\n")
-        partial.replace(self.path)
+PARTS = ("ceilings", "tests", "sanitizer", "bench")
+# Whose benches come first; ops that are not named follow.
+PRIORITY = (
+    "linear_cross_entropy",
+    "sigmoid_loss",
+    "varlen_attention",
+    "map_pool",
+    "patch_embed",
+    "posemb_resample",
+    "bias_gelu",
+    "naflex_tower",
+)
+SECONDS = 90.0  # of benches, for each op
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 when a GPU test fails (nothing is timed then), 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=results_dir(), help="default: %(default)s")
-    parser.add_argument("--restart", action="store_true", help="forget what an earlier run did")
-    args = parser.parse_args(argv)
+    """Exit status: 0, 1 when a GPU test fails or a tool finds an error, 2 when asked amiss."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
     if not torch.cuda.is_available():
         print(NEEDS_GPU, file=sys.stderr)
         return 2
+    try:
+        plan = _plan(args)
+        if args.wheels is not None:
+            wheels.install(args.wheels, Path(tempfile.mkdtemp(prefix="siglip2-wheels-")))
+    except Siglip2Error as error:
+        print(f"make gpu: error: {error}", file=sys.stderr)
+        return 2
     machine = this_machine("cuda")
-    path = args.out / machine.slug / ".progress.json"
-    if args.restart:
-        path.unlink(missing_ok=True)
-    state = State.load(path, machine)
-    if not state.tests_passed:
-        if not run_tests():
-            print("The GPU tests fail, so nothing was timed.", file=sys.stderr)
-            return 1
-        state.tests_passed = True
-        state.write()
-    run_cases(state, machine, args.out)
-    print(
-        f"{len(state.done)} measurements are in {path.parent}; 'siglip2 bench --readme' shows them"
+    folder = args.out / machine.slug
+    state = State.load(folder / ".progress.json", machine, restart=args.restart)
+    print(f"{machine.describe()}, Python {machine.python}, commit {git_commit() or 'unknown'}")
+    print(wheels.rivals([ops.load(op) for op in plan.ops], machine.device), flush=True)
+    for part in plan.parts:
+        if part == "bench":
+            _bench(plan, state, machine, args.out, argv)
+        elif args.only or part not in state.checks:
+            _check(part, plan, state, machine, folder / "checks")
+    measured = f"{len(state.done)} measurements are in {folder}"
+    print(f"{measured}; 'siglip2 bench --readme' shows them")
+    failed = [name for name, ok in state.checks.items() if not ok]
+    if failed:
+        print(f"not right: {', '.join(failed)}; see {folder / 'checks'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="make gpu", description=__doc__.partition("\n")[0])
+    names = options.names
+    p.add_argument("--only", type=names, help=f"of {','.join(PARTS)} (default: all, in turn)")
+    p.add_argument("--ops", type=names, help="whose kernels and benches, comma-separated")
+    p.add_argument("--modes", type=names, help="of the benches (default: each case's own)")
+    p.add_argument("--skip", type=names, help="rivals left out of the benches, comma-separated")
+    p.add_argument(
+        "--seconds", type=float, default=SECONDS, help="of benches, for each op (default: 90)"
     )
-    return 0
+    p.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of rivals to install first")
+    p.add_argument("--out", type=Path, default=results_dir(), help="default: %(default)s")
+    p.add_argument("--restart", action="store_true", help="forget what an earlier run did")
+    return p
 
 
-def run_tests() -> bool:
-    """`pytest -m gpu tests`. -P keeps the checkout off sys.path, where kernels/ hides a package."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "tests"]
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
-    return status in (0, NO_TESTS_COLLECTED)
+def _plan(args: argparse.Namespace) -> Plan:
+    if args.seconds <= 0:
+        raise ConfigError(f"need --seconds above 0; got {args.seconds:g}")
+    cases = options.chosen_ops(args.ops or ops.names())
+    return Plan(
+        parts=options.known("part", args.only or PARTS, PARTS),
+        ops=args.ops or sorted(cases, key=lambda op: PRIORITY.index(op) if op in PRIORITY else 99),
+        modes=options.chosen_modes(args.modes),
+        skip=options.chosen_providers(args.skip, cases.values()) or [],
+        seconds=args.seconds,
+    )
 
 
-def run_cases(state: State, machine: Machine, out: Path) -> None:
-    """Every case, dtype and shape that `state` lacks; it is written after each."""
-    for op in ops.names():
-        case = ops.load(op)
-        for dtype in (name for name, torch_dtype in DTYPES.items() if torch_dtype in case.dtypes):
-            shapes = case.shapes if machine.device == "cpu" else case.shapes[1:]
-            todo = [shape for shape in shapes if _key(op, shape, dtype) not in state.done]
-            if not todo:
-                continue
-            request = Request(
-                op=op,
-                case=case,
-                machine=machine,
-                dtype=dtype,
-                shapes=todo,
-                modes=case.modes,
-                say=Progress(),
-            )
-            verdicts = check_rivals(request)
-            for shape in todo:
-                result = run_case(replace(request, shapes=[shape]), verdicts)
-                print(console(result), end="\n\n", flush=True)
-                save(result, out)
-                state.done.append(_key(op, shape, dtype))
-                state.write()
+def _bench(plan: Plan, state: State, machine: Machine, out: Path, argv: Sequence[str]) -> None:
+    try:
+        run_cases(plan, state, machine, out)
+    except DeadDeviceError as error:
+        print(f"{error}; going on in a new process without it", file=sys.stderr, flush=True)
+        again = [word for word in argv if word != "--restart"]
+        command = [sys.executable, "-P", "-m", "siglip2_bench.gpu", *again, "--only", "bench"]
+        os.execv(sys.executable, command)
 
 
-def _key(op: str, shape: Shape, dtype: str) -> str:
-    return " ".join([op, dtype, *(f"{name}={size}" for name, size in shape.items())])
+def _check(part: str, plan: Plan, state: State, machine: Machine, folder: Path) -> None:
+    """Runs a part that is no bench, and writes <folder>/<part>.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{part} ...", flush=True)
+    if part == "ceilings":
+        record = {"ok": True, **ceiling.measure(machine.device)}
+    elif part == "tests":
+        record = gpu_checks.run_tests(folder)
+    else:
+        record = gpu_checks.run_sanitizer([op for op in smallest.names() if op in plan.ops])
+    about = {"machine": machine.to_json(), "commit": git_commit()}
+    record |= about | {"timestamp": time.strftime("%Y-%m-%d %H:%M:%S")}
+    partial = folder / f"{part}.partial"
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, folder / f"{part}.json")
+    print("\n".join(gpu_checks.summary(part, record)), flush=True)
+    state.checks[part] = record["ok"]
+    state.write()
 
 
 if __name__ == "__main__":

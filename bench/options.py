@@ -17,7 +17,7 @@ from .runner import DTYPES
 METRICS = ("speed", "memory")
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         description="Times our ops beside their rivals, once each one's results are checked.",
     )
     p.add_argument("ops", nargs="*", metavar="op", help="which ops (default: all; see --list)")
-    p.add_argument("--providers", type=_names, help="rivals, comma-separated (default: all)")
+    p.add_argument("--providers", type=names, help="rivals, comma-separated (default: all)")
     p.add_argument(
         "--sweep",
         metavar="DIM=SIZES",
@@ -36,10 +36,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     p.add_argument(
         "--modes",
-        type=_names,
+        type=names,
         help=f"of {','.join(MODES)} (default: forward,full; forward,backward for attention)",
     )
-    p.add_argument("--metric", type=_names, help=f"of {','.join(METRICS)} (default: both)")
+    p.add_argument("--metric", type=names, help=f"of {','.join(METRICS)} (default: both)")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     p.add_argument("--reps", type=int, help="calls timed for each rival (default: 5 to 100)")
     p.add_argument(
@@ -54,22 +54,22 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen_ops(asked: Sequence[str]) -> dict[str, Case]:
     """The cases of the named ops, of all without names; ConfigError for an unknown one."""
-    known = ops.names()
-    return {name: ops.load(name) for name in _known("op", asked, known) or known}
+    every = ops.names()
+    return {name: ops.load(name) for name in known("op", asked, every) or every}
 
 
 def chosen_providers(asked: Sequence[str] | None, cases: Iterable[Case]) -> list[str] | None:
-    known = list(dict.fromkeys(name for case in cases for name in case.rivals))
-    return _known("provider", asked, known) if asked else None
+    every = list(dict.fromkeys(name for case in cases for name in case.rivals))
+    return known("provider", asked, every) if asked else None
 
 
 def chosen_modes(asked: Sequence[str] | None) -> list[str] | None:
     """None leaves it to each case."""
-    return _known("mode", asked, MODES) if asked else None
+    return known("mode", asked, MODES) if asked else None
 
 
 def chosen_metrics(asked: Sequence[str] | None, device: str) -> list[str]:
-    metrics = _known("metric", asked, METRICS) if asked else list(METRICS)
+    metrics = known("metric", asked, METRICS) if asked else list(METRICS)
     if device == "cpu" and metrics == ["memory"]:
         raise ConfigError("peak memory is measured on a CUDA device only; use --metric speed here")
     return metrics
@@ -116,11 +116,11 @@ def _doubled(low: int, high: int) -> list[int]:
     return [low << n for n in range((high // low).bit_length())]
 
 
-def _known(what: str, asked: Sequence[str], known: Sequence[str]) -> list[str]:
-    """`asked` without repeats; ConfigError that names the nearest of `known` for another name."""
+def known(what: str, asked: Sequence[str], every: Sequence[str]) -> list[str]:
+    """`asked` without repeats; ConfigError that names the nearest of `every` for another name."""
     for name in asked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+        if name not in every:
+            near = difflib.get_close_matches(name, every, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ConfigError(f"unknown {what} {name!r}; {hint}there is {', '.join(known)}")
+            raise ConfigError(f"unknown {what} {name!r}; {hint}there is {', '.join(every)}")
     return list(dict.fromkeys(asked))

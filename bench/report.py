@@ -17,6 +17,7 @@ COLUMNS = (
     "GB/s",
     "roofline",
     "peak MiB",
+    "workspace",
     "speed-up",
     "error",
 )
@@ -156,6 +157,7 @@ def _cells(row: Row, regimes: Sequence[str]) -> list[str]:
         _number(row.gbytes_per_s, ".0f"),
         _number(row.roofline, ".0%"),
         _number(row.peak_mib, ".0f"),
+        _number(row.workspace_mib, ".0f"),
         _number(row.speedup, ".2f", "x"),
         _number(row.error, ".2f"),
         *(_number(row.grad_errors.get(label), ".2e") for label in regimes),

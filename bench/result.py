@@ -45,10 +45,13 @@ class Row:
     shape: dict[str, int]
     status: Status
     detail: str = ""  # why it was not measured
+    dropped: bool = False  # for want of time: another run may measure it
     error: float | None = None  # in units of bench/check.py
     grad_errors: dict[str, float] = field(default_factory=dict)  # regime -> relative L2
     time_ms: Quantiles | None = None
     peak_mib: float | None = None  # beyond the inputs
+    # beyond inputs, returned tensors, and float32 accumulators of returned gradients
+    workspace_mib: float | None = None
     tflops: float | None = None
     gbytes_per_s: float | None = None
     gemm_tflops: float | None = None  # of one large matrix product, timed in turn with this

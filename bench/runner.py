@@ -13,11 +13,12 @@ import torch._functorch.config
 from torch import Tensor
 
 from . import ceiling
+from .budget import Budget, OutOfTime
 from .case import Case, Mode, Shape, differentiable, make_inputs, upstream
 from .check import MAX_ERROR, Accuracy, Checker
 from .machine import Machine, git_commit, memory_bytes, peak_of
 from .result import Result, Row
-from .timing import Call, Prepare, Samples, quantiles, time_rivals
+from .timing import SECONDS_PER_RIVAL, Call, Memory, Prepare, Samples, quantiles, time_rivals
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -43,8 +44,11 @@ class Request:
     shapes: Sequence[Shape]
     modes: Sequence[Mode]
     providers: Sequence[str] | None = None  # None: all
+    broken: Mapping[str, str] = field(default_factory=dict)  # rivals not to be run -> why
     metrics: Sequence[str] = ("speed", "memory")
-    reps: int | None = None  # None: as many as fit a second, 5 to 100
+    reps: int | None = None  # None: as many as fit `seconds`, 5 to 100
+    seconds: float = SECONDS_PER_RIVAL  # of calls timed, for each rival
+    budget: Budget = field(default_factory=Budget)  # of the whole run
     say: Callable[[str], None] = field(default=lambda text: None)
 
 
@@ -89,10 +93,15 @@ def check_rivals(request: Request) -> Verdicts:
         if reason is not None:
             refused[name] = {"status": "skipped", "detail": reason}
             continue
+        if name in request.broken:
+            refused[name] = {"status": "failed", "detail": request.broken[name]}
+            continue
         request.say(f"checking {name}")
         checker = checker or Checker(case, dtype=DTYPES[request.dtype], device=device)
         try:
-            accuracy = checker.accuracy(case.rivals[name])
+            request.budget.ask()
+            with request.budget.half_of_what_is_left():
+                accuracy = checker.accuracy(case.rivals[name])
         except Exception as raised:  # whatever a rival does wrong is a line of the table
             refused[name] = _refusal(raised)
             continue
@@ -149,8 +158,8 @@ def _measure(
     if not tried:
         return rows
     inputs = make_inputs(request.case, shape, dtype=dtype, device=device)
-    prepares = {name: call_of(fns[name], inputs, mode) for name in tried}
-    prepares[ceiling.NAME] = ceiling.product(dtype, device)
+    prepares = {ceiling.NAME: ceiling.product(dtype, device)}
+    prepares |= {name: call_of(fns[name], inputs, mode) for name in tried}
     samples = _time(request, shape, mode, prepares)
     yardstick = samples.pop(ceiling.NAME)
     best_tflops = None
@@ -170,6 +179,8 @@ def _time(
         prepares,
         device=request.machine.device,
         reps=request.reps,
+        seconds=request.seconds,
+        budget=request.budget,
         with_memory="memory" in request.metrics,
         say=lambda text: request.say(f"{request.op} {where} {mode}, {text}"),
     )
@@ -191,10 +202,19 @@ def _row(
     return row(
         status="ok",
         time_ms=time_ms,
-        peak_mib=samples.peak_mib,
         gemm_tflops=best_tflops,
+        **_memory(request, shape, mode, name, samples.memory),
         **_rates(request, shape, mode, time_ms.p50 / 1e3, best_tflops),
     )
+
+
+def _memory(request: Request, shape: Shape, mode: Mode, name: str, memory: Memory | None) -> Fields:
+    """The peak, and what of it is neither returned nor a float32 sum of what is returned."""
+    if memory is None:
+        return {}
+    accumulators = request.case.rivals[name].accumulator_bytes(mode, **shape) / 2**20
+    workspace = max(memory.peak_mib - memory.returned_mib - accumulators, 0.0)
+    return {"peak_mib": memory.peak_mib, "workspace_mib": workspace}
 
 
 def _rates(
@@ -249,6 +269,7 @@ def _refusal(error: Exception) -> Fields:
     if isinstance(error, torch.OutOfMemoryError):
         return {"status": "out of memory"}
     first_line = str(error).strip().partition("\n")[0]
-    if isinstance(error, NotImplementedError):
-        return {"status": "skipped", "detail": first_line}
+    if isinstance(error, NotImplementedError | OutOfTime):
+        is_late = {"dropped": True} if isinstance(error, OutOfTime) else {}
+        return {"status": "skipped", "detail": first_line, **is_late}
     return {"status": "failed", "detail": f"{type(error).__name__}: {first_line}"}

@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+
+from .budget import Budget
 
 # Larger than the L2 cache of any GPU in machine.PEAKS (H100 50 MB, B200 126 MB).
 L2_FLUSH_BYTES = 256 << 20
@@ -35,13 +38,21 @@ class Quantiles:
     p80: float
 
 
+class Memory(NamedTuple):
+    """CUDA memory of one call, beyond what was allocated before it."""
+
+    peak_mib: float
+    returned_mib: float  # of the tensors it returned, part of the peak where they existed by then
+
+
 @dataclass
 class Samples:
     """What one rival's rounds gave: times, or the error that ended them."""
 
     times_ms: list[float] = field(default_factory=list)
-    peak_mib: float | None = None
+    memory: Memory | None = None
     reps_per_round: int = 0
+    rounds_s: float = 0.0  # that all rounds will take
     lead_cycles: int = 0
     error: Exception | None = None
 
@@ -76,39 +87,54 @@ def cuda_times(call: Call, reps: int, *, lead_cycles: int) -> list[float]:
     return [s.elapsed_time(e) for s, e in zip(starts, ends, strict=True)]
 
 
-def peak_mib(call: Call) -> float:
-    """Most CUDA memory the call held beyond what was allocated before it."""
+def memory_of(call: Call) -> Memory:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     result = call()
     torch.cuda.synchronize()
-    del result
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    peak = torch.cuda.max_memory_allocated() - before
+    tensors = result if isinstance(result, tuple | list) else (result,)
+    storages = (t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor))
+    returned = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return Memory(peak / 2**20, sum(returned.values()) / 2**20)
 
 
 def time_rivals(
     prepares: Mapping[str, Prepare],
     *,
     device: str,
-    reps: int | None = None,  # None: as many as fit a second, 5 to 100
+    reps: int | None = None,  # None: as many as fit `seconds`, 5 to 100
+    seconds: float = SECONDS_PER_RIVAL,
     with_memory: bool = True,
+    budget: Budget | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Samples]:
     """Each round times each rival for a share of the calls, so drift of clocks hits all alike.
 
-    An exception ends only the rival that raised it and is kept in its samples.
+    An exception ends only the rival that raised it and is kept in its samples. So does an end of
+    the budget: a rival is let in while it leaves time for the rounds of those before it.
     """
+    budget = budget or Budget()
     samples = {name: Samples() for name in prepares}
     for i_round in range(ROUNDS + 1):  # round 0 warms up and sizes the rounds
+        if i_round > 1 and budget.left <= 0:
+            break  # all have the same number of rounds
         for name, prepare in prepares.items():
             s = samples[name]
             if s.error is not None:
                 continue
             say(f"{name}: {'warm-up' if i_round == 0 else f'round {i_round} of {ROUNDS}'}")
             try:
-                with prepare() as call:
-                    _round(call, s, i_round, device, reps, with_memory)
+                if i_round == 0:
+                    budget.ask(sum(x.rounds_s for x in samples.values()))
+                    with budget.half_of_what_is_left(), prepare() as call:
+                        _warm_up(call, s, device, reps, seconds)
+                        if device == "cuda" and with_memory:
+                            s.memory = memory_of(call)
+                else:
+                    with prepare() as call:
+                        _round(call, s, device)
             except Exception as error:  # a rival's failure is a result, not ours
                 s.error = error.with_traceback(None)  # a traceback would keep its tensors alive
                 if device == "cuda":
@@ -116,22 +142,8 @@ def time_rivals(
     return samples
 
 
-def _round(
-    call: Call, s: Samples, i_round: int, device: str, reps: int | None, with_memory: bool
-) -> None:
-    if i_round == 0:
-        _size_rounds(call, s, device, reps)
-        if device == "cuda" and with_memory:
-            s.peak_mib = peak_mib(call)
-        return
-    call()  # a fresh preparation allocates again
-    if device == "cuda":
-        s.times_ms += cuda_times(call, s.reps_per_round, lead_cycles=s.lead_cycles)
-    else:
-        s.times_ms += cpu_times(call, s.reps_per_round)
-
-
-def _size_rounds(call: Call, s: Samples, device: str, reps: int | None) -> None:
+def _warm_up(call: Call, s: Samples, device: str, reps: int | None, seconds: float) -> None:
+    """Compiles, tunes, and sets how many calls a round has."""
     begin = time.perf_counter()
     for i in range(WARMUP_CALLS):
         call()
@@ -143,9 +155,18 @@ def _size_rounds(call: Call, s: Samples, device: str, reps: int | None) -> None:
     enqueued = time.perf_counter()
     _synchronize(device)
     call_s = max(time.perf_counter() - start, 1e-6)
-    wanted = reps or min(max(int(SECONDS_PER_RIVAL / call_s), MIN_REPS), MAX_REPS)
+    wanted = reps or min(max(int(seconds / call_s), MIN_REPS), MAX_REPS)
     s.reps_per_round = -(-wanted // ROUNDS)
+    s.rounds_s = ROUNDS * (s.reps_per_round + 1) * call_s
     s.lead_cycles = int(2 * (enqueued - start) * CYCLES_PER_S)
+
+
+def _round(call: Call, s: Samples, device: str) -> None:
+    call()  # a fresh preparation allocates again
+    if device == "cuda":
+        s.times_ms += cuda_times(call, s.reps_per_round, lead_cycles=s.lead_cycles)
+    else:
+        s.times_ms += cpu_times(call, s.reps_per_round)
 
 
 def _synchronize(device: str) -> None:

@@ -1,14 +1,15 @@
 """`make gpu`, with a CPU in the GPU's place, and what is known of GPUs."""
 
 import contextlib
+import json
 
 import pytest
 import torch
 
-from siglip2_bench import gpu, ops
+from siglip2_bench import gpu, gpu_cases, gpu_checks, gpu_state, ops
 from siglip2_bench.machine import peak_of, this_machine
 from siglip2_bench.result import read_json
-from siglip2_bench.timing import cuda_times, peak_mib
+from siglip2_bench.timing import cuda_times, memory_of
 from toy_case import TOY
 
 
@@ -39,6 +40,9 @@ def test_make_gpu_without_a_gpu_says_what_it_needs(monkeypatch, capsys):
     assert "needs a CUDA GPU, and torch finds none here" in capsys.readouterr().err
 
 
+PASSED = {"ok": True, "passed": 3, "skipped": 0, "seconds": 1.0, "failures": {}}
+
+
 @pytest.fixture
 def as_gpu(monkeypatch):
     """`make gpu` with a CPU in the GPU's place."""
@@ -47,14 +51,30 @@ def as_gpu(monkeypatch):
     monkeypatch.setattr(ops, "load", lambda op: TOY)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "this_machine", lambda device: machine)
-    monkeypatch.setattr(gpu, "run_tests", lambda: True)
+    monkeypatch.setattr(gpu_checks, "run_tests", lambda folder: PASSED)
+    no_tool = {"ok": True, "skipped": "no tool"}
+    monkeypatch.setattr(gpu_checks, "run_sanitizer", lambda ops: no_tool)
 
 
-def test_make_gpu_times_nothing_when_a_test_fails(as_gpu, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu, "run_tests", lambda: False)
+def checks(folder, name):
+    (path,) = folder.glob(f"*/checks/{name}.json")
+    return json.loads(path.read_text())
+
+
+def test_make_gpu_times_ops_though_a_test_fails(as_gpu, monkeypatch, tmp_path, capsys):
+    failed = PASSED | {"ok": False, "failures": {"tests/test_a.py::test_b": "assert 1 == 2"}}
+    monkeypatch.setattr(gpu_checks, "run_tests", lambda folder: failed)
     assert gpu.main(["--out", str(tmp_path)]) == 1
-    assert "GPU tests fail, so nothing was timed" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    captured = capsys.readouterr()
+    assert "3 passed, 1 failed, 0 skipped" in captured.out
+    assert "tests/test_a.py::test_b: assert 1 == 2" in captured.out
+    assert "not right: tests; see" in captured.err
+    assert checks(tmp_path, "tests")["failures"] == failed["failures"]
+    assert set(checks(tmp_path, "ceilings")) >= {"product_tflops", "copy_tbytes_per_s", "machine"}
+    assert list(tmp_path.glob("*/toy_op.json"))
+    assert gpu.main(["--out", str(tmp_path)]) == 1, "a second run knows that a test failed"
+    monkeypatch.setattr(gpu_checks, "run_tests", lambda folder: PASSED)
+    assert gpu.main(["--out", str(tmp_path), "--only", "tests"]) == 0
 
 
 def test_make_gpu_goes_on_where_it_was_cut(as_gpu, monkeypatch, tmp_path):
@@ -67,11 +87,11 @@ def test_make_gpu_goes_on_where_it_was_cut(as_gpu, monkeypatch, tmp_path):
         measured.append(request.shapes[0]["N"])
         return original(request, verdicts)
 
-    original = gpu.run_case
-    monkeypatch.setattr(gpu, "run_case", run_case)
+    original = gpu_cases.run_case
+    monkeypatch.setattr(gpu_cases, "run_case", run_case)
     with contextlib.suppress(KeyboardInterrupt):
         gpu.main(["--out", str(tmp_path)])
-    monkeypatch.setattr(gpu, "run_tests", lambda: pytest.fail("the tests passed before"))
+    monkeypatch.setattr(gpu_checks, "run_tests", lambda folder: pytest.fail("they ran before"))
     assert gpu.main(["--out", str(tmp_path)]) == 0
     assert measured == [8, 16, "cut", 32]
     (results,) = tmp_path.glob("*/toy_op.json")
@@ -79,14 +99,14 @@ def test_make_gpu_goes_on_where_it_was_cut(as_gpu, monkeypatch, tmp_path):
     assert gpu.main(["--out", str(tmp_path)]) == 0
     assert measured == [8, 16, "cut", 32]
 
-    monkeypatch.setattr(gpu, "source_digest", lambda: "other code")
-    monkeypatch.setattr(gpu, "run_tests", lambda: True)
+    monkeypatch.setattr(gpu_state, "source_digest", lambda: "other code")
+    monkeypatch.setattr(gpu_checks, "run_tests", lambda folder: PASSED)
     assert gpu.main(["--out", str(tmp_path)]) == 0
     assert measured == [8, 16, "cut", 32, 8, 16, 32]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timing
 def test_cuda_times_of_a_copy_are_possible():
     source = torch.randn(2**28, device="cuda")
     call = source.clone
@@ -96,4 +116,4 @@ def test_cuda_times_of_a_copy_are_possible():
     assert peak is not None, "list this GPU in bench/machine.py"
     floor_s = 2 * source.nbytes / (peak.tbytes_per_s * 1e12)
     assert floor_s <= sorted(times_s)[5] < 3 * floor_s
-    assert peak_mib(call) == source.nbytes / 2**20
+    assert memory_of(call) == (source.nbytes / 2**20, source.nbytes / 2**20)
