@@ -12,6 +12,7 @@ from .errors import ConfigError, Siglip2Error
 COMMANDS = {
     "train": "train, evaluate and export a model (--dry-run --world-size N: count what it takes)",
     "eval": "zero-shot classification and retrieval of a model on a data set",
+    "report": "write a run's report.html again, beside another run's numbers with --compare",
     "export": "write a model as hf, open_clip, timm or big_vision",
     "caption": "say what pictures show, with a decoder trained beside the towers",
     "locate": "find a phrase in a picture, print its box and draw it",
@@ -115,6 +116,16 @@ def _eval(argv: list[str]) -> None:
     )
     _quiet()
     evaluate_model(args.model, config, language=args.language, out=args.out)
+
+
+def _report(argv: list[str]) -> None:
+    from .eval.report import write_report
+
+    parser = _parser("report")
+    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("--compare", help="another run's folder, evaluated on the same sets")
+    args = parser.parse_args(argv)
+    print(f"report in {write_report(args.run, compare=args.compare)}")
 
 
 def _export(argv: list[str]) -> None:

@@ -49,6 +49,7 @@ ARROWS = {
     "siglip2/data": ("siglip2.data", "siglip2.config", "siglip2.errors"),
     "siglip2/eval": (
         "siglip2.eval",
+        "siglip2.locca",
         "siglip2.models",
         "siglip2.data",
         "siglip2.config",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from siglip2.data.images import Transform
+from siglip2.data.regions import Region
 from siglip2.data.skipped import Skipped
 from siglip2.data.sources import Source, iterate
 from siglip2.data.types import BadSampleError, Example, PackedImages
@@ -21,6 +22,7 @@ class EvalBatch(NamedTuple):
     subsets: list[str]
     keys: list[str]
     indices: list[int]  # place among the good examples
+    regions: list[tuple[Region, ...]]
 
 
 class EvalLoader:
@@ -97,4 +99,5 @@ class EvalLoader:
             subsets=[example.subset for example in examples],
             keys=[example.key for example in examples],
             indices=list(range(seen - len(batch), seen)),
+            regions=[example.regions for example in examples],
         )

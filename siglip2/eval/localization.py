@@ -1,5 +1,7 @@
 """How well boxes are found: intersection over union, and what one box for all would reach."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,15 @@ def accuracy_at(
 
 def best_constant_accuracy(true: Tensor, threshold: float = 0.5) -> float:
     """What the best single box for all images reaches, of the true ones and their median."""
+    return max(float((found >= threshold).float().mean()) for found in _constant_ious(true))
+
+
+def best_constant_iou(true: Tensor) -> float:
+    """The largest mean that one box for all reaches, of the true ones and their median."""
+    return max(float(found.mean()) for found in _constant_ious(true))
+
+
+def _constant_ious(true: Tensor) -> Iterator[Tensor]:  # (N,) for each box tried
     median = true.median(0).values[None]
-    best = 0.0
     for box in torch.cat((true, median)):
-        found = box_iou(box.expand_as(true), true) >= threshold
-        best = max(best, float(found.float().mean()))
-    return best
+        yield box_iou(box.expand_as(true), true)

@@ -75,6 +75,13 @@ padding:6%;border:2px solid var(--line)}
 font-size:.9rem}
 .named dt{color:var(--soft)}.named dd{margin:0;overflow-wrap:anywhere}
 .named dd span{color:var(--ink)}.named dd .also{color:var(--soft);font-size:.84rem}
+.boxed{position:relative;max-width:420px}.boxed img{display:block;width:100%;height:auto}
+.boxed span{position:absolute;max-width:100%;padding:0 5px;font-size:.8rem;font-weight:600;
+overflow:hidden;text-overflow:ellipsis;white-space:nowrap;background:var(--card);
+border-radius:0 0 5px 0}
+.said{display:grid;grid-template-columns:auto minmax(0,1fr);gap:2px 10px;margin:10px 0 0;
+font-size:.9rem}
+.said dt{color:var(--soft)}.said dd{margin:0;overflow-wrap:anywhere}
 footer{margin-top:48px;color:var(--soft);font-size:.88rem}
 @media print{.card,.chart,.tile{break-inside:avoid}}
 """

@@ -9,6 +9,9 @@ from typing import Any
 from siglip2.errors import DataError, require
 from siglip2.eval.charts import line_chart, number
 from siglip2.eval.gallery import Gallery, load_gallery
+from siglip2.eval.locca import LocCaResult
+from siglip2.eval.locca_examples import FOLDER, load_examples
+from siglip2.eval.locca_section import comparison, locca_section
 from siglip2.eval.page import page
 from siglip2.eval.resolutions import budget_section
 from siglip2.eval.sections import gallery_section, humanize, percent, retrieval, tile
@@ -174,11 +177,36 @@ def _footer(env: dict[str, Any]) -> str:
     return f"<footer>{escape(words)}</footer>" if words else ""
 
 
-def write_report(run_dir: str | Path) -> Path:
+def _locca(run_dir: Path, rows: Rows, results: dict[str, Any]) -> str:
+    found = {name: LocCaResult.from_dict(fields) for name, fields in results.items()}
+    curves = {
+        "Loss of the decoder": _series(rows, "train/locca_loss"),
+        "Tokens right, in training": _series(rows, "train/token_accuracy"),
+    }
+    for key in sorted({k for row in rows for k in row if k.endswith("/locca/refer/accuracy")}):
+        curves[f"Boxes found: {key.split('/')[1]}"] = _series(rows, key)
+    return locca_section(found, load_examples(run_dir / FOLDER), curves)
+
+
+def _comparison(run_dir: Path, sources: dict[str, Any], other: Path) -> str:
+    others = _read_json(other / "eval.json").get("sources", {})
+    if not sources.keys() & others.keys():
+        raise DataError(
+            f"need a run evaluated on a set of this run's to compare with: {sorted(sources)};"
+            f" {other / 'eval.json'} has {sorted(others)}"
+        )
+    names = (run_dir.resolve().name, other.resolve().name)
+    return comparison(sources, others, names=names)
+
+
+def write_report(run_dir: str | Path, *, compare: str | Path | None = None) -> Path:
     """Write report.html into a run's folder and return its path.
 
-    Reads metrics.jsonl and, where they exist, config.yaml, env.json, eval.json and gallery/. Raises
-    DataError when metrics.jsonl is missing or a file is damaged.
+    Reads metrics.jsonl and, where they exist, config.yaml, env.json, eval.json, gallery/ and
+    locca/. Raises DataError when metrics.jsonl is missing or a file is damaged.
+
+    Args:
+        compare: Another run's folder, whose recalls are set beside this run's.
     """
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -200,9 +228,17 @@ def write_report(run_dir: str | Path) -> Path:
             " wrong.</p>"
         )
         body.append(retrieval(result["sources"]))
+    if compare is not None:
+        links.append(("compared", "Compared"))
+        body.append('<h2 id="compared">Compared with another run</h2>')
+        body.append(_comparison(run_dir, result.get("sources", {}), Path(compare)))
     if result.get("budgets"):
         links.append(("budgets", "Resolutions"))
         body.append(budget_section(result["budgets"]))
+    if result.get("locca"):
+        links.append(("locca", "Captions and boxes"))
+        body.append('<h2 id="locca">Captions and boxes</h2>')
+        body.append(_locca(run_dir, rows, result["locca"]))
     if gallery.sources:
         links.append(("examples", "Examples"))
         body.append(_galleries(gallery))

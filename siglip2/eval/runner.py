@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ from siglip2.eval.zero_shot import (
 from siglip2.files import write_atomic
 from siglip2.models.siglip2 import Siglip2
 
+if TYPE_CHECKING:
+    from siglip2.eval.locca import LocCaResult
+
 KS = (1, 5, 10)
 ALL = "all"  # name of a source's only, unnamed subset
 MIN_COVERAGE = 0.5  # of the best covered language's images, for a language to count in the mean
@@ -58,6 +61,7 @@ class EvalResult:
     num_parameters: int
     device: str
     budgets: list[dict[str, Any]] = field(default_factory=list)
+    locca: dict[str, "LocCaResult"] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Flat scalars: `val/<source>/<subset>/<language or mean>/i2t_r1`, `.../zero_shot/top1`."""
@@ -75,6 +79,8 @@ class EvalResult:
         for row in self.budgets:
             prefix = f"val/{row['source']}/{row['subset']}/at_{row['budget']}"
             flat |= {f"{prefix}/{k}": v for k, v in row["mean"].items() if type(v) is float}
+        for source, found in self.locca.items():
+            flat |= {f"val/{source}/locca/{k}": v for k, v in found.metrics().items()}
         return flat
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,6 +89,7 @@ class EvalResult:
             "device": self.device,
             "sources": self.sources,
             "budgets": self.budgets,
+            "locca": {source: found.to_dict() for source, found in self.locca.items()},
             "metrics": self.metrics(),
         }
 

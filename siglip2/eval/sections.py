@@ -7,7 +7,7 @@ from typing import Any
 from siglip2.eval.charts import number
 from siglip2.eval.gallery import SourceGallery
 
-_MARKS = {True: "&#10003;", False: "&#10007;"}  # a tick, a cross
+MARKS = {True: "&#10003;", False: "&#10007;"}  # a tick, a cross
 _MAX_BARS = 30  # languages drawn; the table holds all
 _LANGUAGES = {
     **{
@@ -137,7 +137,7 @@ def _query(gallery: SourceGallery, query: dict[str, Any]) -> str:
         picture = _picture(gallery, hit["key"], f"{kind}: {hit['caption']}")
         hits.append(
             f'<li class="{kind}" title="{escape(hit["caption"])}">{picture}'
-            f'<span aria-hidden="true">{_MARKS[hit["right"]]}</span></li>'
+            f'<span aria-hidden="true">{MARKS[hit["right"]]}</span></li>'
         )
     return (
         f'<article class="card"><div class="ask"><q lang="{language}" dir="auto">'
@@ -151,8 +151,8 @@ def _names(language: str, names: list[dict[str, Any]]) -> str:
     lang = escape(language)
     first, *others = names
     kind = "right" if first["right"] else "wrong"
-    mark = f'<b class="{kind}" title="{kind}">{_MARKS[first["right"]]}</b>'
-    tick = f' <b class="right">{_MARKS[True]}</b>'
+    mark = f'<b class="{kind}" title="{kind}">{MARKS[first["right"]]}</b>'
+    tick = f' <b class="right">{MARKS[True]}</b>'
     also = "; ".join(
         f"<bdi>{escape(name['text'])}</bdi>{tick if name['right'] else ''}" for name in others
     )
