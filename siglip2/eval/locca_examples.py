@@ -27,7 +27,7 @@ from siglip2.locca.tasks import text_to_box
 FOLDER, FILE = "locca", "examples.json"
 SIDE_PX = 480  # of a picture's longer side: larger than shown, for dense screens
 TRUE, FOUND = (27, 122, 85), (190, 40, 150)  # green and magenta: told apart without green and red
-_PEN_PX, _DASH_PX = 4, 14
+_PEN_PX, _THIN_PX, _DASH_PX = 4, 2, 14
 
 
 class SourceExamples(NamedTuple):
@@ -136,7 +136,10 @@ def draw_boxes(
     picture: bytes,  # encoded
     boxes: Sequence[tuple[Box, Box | None]],  # true, found
 ) -> bytes:
-    """A PNG of SIDE_PX at most: true boxes in whole lines, found ones dashed over them."""
+    """A PNG of SIDE_PX at most: true boxes in whole lines, found ones dashed over them.
+
+    A thin line joins the centres of a found box and the one it should be.
+    """
     Image, pen = require("PIL.Image", "data"), require("PIL.ImageDraw", "data")
     image = decode_image(picture)
     scale = SIDE_PX / max(image.size)
@@ -145,8 +148,10 @@ def draw_boxes(
     draw = pen.Draw(image)
     for true, _ in boxes:
         draw.rectangle(_pixels(true, size), outline=TRUE, width=_PEN_PX)
-    for _, found in boxes:
+    for true, found in boxes:
         if found is not None:
+            ends = [_centre(_pixels(box, size)) for box in (found, true)]
+            draw.line(ends, fill=FOUND, width=_THIN_PX)
             _dashed(draw, _pixels(found, size))
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
@@ -157,6 +162,10 @@ def _pixels(box: Box, size: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Corners that are both on the box."""
     x0, y0, x1, y1 = (round(c * side) for c, side in zip(box, (*size, *size), strict=True))
     return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
+
+
+def _centre(box: tuple[int, int, int, int]) -> tuple[int, int]:
+    return (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
 
 
 def _dashed(draw: Any, box: tuple[int, int, int, int]) -> None:

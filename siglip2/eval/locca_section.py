@@ -105,7 +105,10 @@ def _examples(source: SourceExamples) -> str:
     right, count = sum(region["right"] for region in regions), number(len(source.images))
     keys = "".join(
         f'<span class="key" style="--key:rgb{colour}">{words}</span>'
-        for colour, words in ((TRUE, "true box, whole line"), (FOUND, "box said, dashed"))
+        for colour, words in (
+            (TRUE, "true box, whole line"),
+            (FOUND, "box said, dashed, joined to the true one"),
+        )
     )
     boxes = (
         f'<p class="note">{right} of these {len(regions)} boxes are right.</p>'
