@@ -265,7 +265,7 @@ class _Gradients:
         (T, D), V = x.shape, weight.shape[0]
         options = {"dtype": torch.float32, "device": x.device}
         self.dx = torch.empty(T if self.needs_dx else 0, D, **options)
-        self.dweight = torch.zeros(V if self.needs_dweight else 0, D, **options)
+        self.dweight = torch.empty(V if self.needs_dweight else 0, D, **options)
         self.dbias = torch.zeros(V if self.needs_dbias else 0, **options)
 
     def add(self, e: Tensor, rows: Tensor, factor: Tensor, part: slice) -> None:
@@ -275,7 +275,10 @@ class _Gradients:
         factor = factor[:, None]
         if self.needs_dweight:
             scaled = torch.mul(rows, self.lift * factor, out=torch.empty_like(rows))
-            addmm_f32_(self.dweight, e.T, scaled)
+            if part.start == 0:  # zeros to add to would be written, and read
+                mm_f32(e.T, scaled, out=self.dweight)
+            else:
+                addmm_f32_(self.dweight, e.T, scaled)
         if self.needs_dbias:
             addmm_f32_(self.dbias[:, None], e.T, (self.lift * factor).to(e.dtype))
 
