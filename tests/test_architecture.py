@@ -39,6 +39,12 @@ ARROWS = {
         "siglip2.data",
         "siglip2.errors",
     ),
+    "siglip2/self_distillation": (
+        "siglip2_kernels",
+        "siglip2.self_distillation",
+        "siglip2.models",
+        "siglip2.distributed",
+    ),
     "siglip2/recipe": (
         "siglip2_kernels",
         "siglip2.recipe",
