@@ -12,6 +12,10 @@ Mode = Literal["forward", "backward", "full"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "full")
 Shape = Mapping[str, int]
 
+# Of errors, in units of bench/check.py.
+MAX_ERROR = 2.0
+APPROXIMATE = 1000.0  # for a rival that is used although it rounds more than eager PyTorch
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
@@ -37,6 +41,7 @@ class Rival:
     is_ours: bool = False
     reference: Callable[..., Tensor] | None = None  # where it computes other than the case's
     min_bytes: Callable[..., float] | None = None  # (mode, **shape, dtype) -> bytes
+    max_error: float = MAX_ERROR  # above it, the rival is wrong and not timed
     # (mode, **shape) -> bytes of float32 sums that it keeps beside gradients of fewer bits
     accumulator_bytes: Callable[..., float] = lambda mode, **shape: 0.0
 

@@ -1,8 +1,8 @@
 """Right before fast: a rival's value and gradients against the specification in float64.
 
 The measure is the relative L2 error of each tensor.  Its unit is what the baseline (eager PyTorch
-in the same dtype) errs, plus one rounding of the dtype: a rival passes at no more than `MAX_ERROR`
-units in every regime of the case.
+in the same dtype) errs, plus one rounding of the dtype: a rival passes at no more than its
+`max_error` units in every regime of the case.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from .case import Case, Rival, differentiable, make_inputs, upstream
-
-MAX_ERROR = 2.0
 
 
 class Accuracy(NamedTuple):

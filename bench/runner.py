@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ceiling
 from .budget import Budget, OutOfTime
 from .case import Case, Mode, Shape, differentiable, make_inputs, upstream
-from .check import MAX_ERROR, Accuracy, Checker
+from .check import Accuracy, Checker
 from .machine import Machine, git_commit, memory_bytes, peak_of
 from .result import Result, Row
 from .timing import SECONDS_PER_RIVAL, Call, Memory, Prepare, Samples, quantiles, time_rivals
@@ -105,7 +105,7 @@ def check_rivals(request: Request) -> Verdicts:
         except Exception as raised:  # whatever a rival does wrong is a line of the table
             refused[name] = _refusal(raised)
             continue
-        if accuracy.units <= MAX_ERROR:
+        if accuracy.units <= case.rivals[name].max_error:
             passed[name] = accuracy
         else:
             detail = f"error {accuracy.units:.3g}x"
@@ -203,12 +203,14 @@ def _row(
         status="ok",
         time_ms=time_ms,
         gemm_tflops=best_tflops,
-        **_memory(request, shape, mode, name, samples.memory),
+        **memory_fields(request, shape, mode, name, samples.memory),
         **_rates(request, shape, mode, time_ms.p50 / 1e3, best_tflops),
     )
 
 
-def _memory(request: Request, shape: Shape, mode: Mode, name: str, memory: Memory | None) -> Fields:
+def memory_fields(
+    request: Request, shape: Shape, mode: Mode, name: str, memory: Memory | None
+) -> Fields:
     """The peak, and what of it is neither returned nor a float32 sum of what is returned."""
     if memory is None:
         return {}

@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 
 import numpy as np
 import pytest
@@ -66,6 +67,42 @@ def pytest_terminal_summary(terminalreporter):
         else:
             words.append(f"{tier} no ({_unavailable(marker) or 'none selected'})")
     terminalreporter.write_line("tiers: " + ", ".join(words))
+
+
+@pytest.fixture(autouse=True)
+def _give_device_memory_back():
+    """Several workers share a GPU; what one keeps for its next test the others cannot have."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
+
+
+_failed_here: set[str] = set()  # tests of this process
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        _failed_here.add(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    """A kernel that read out of bounds ends CUDA for its process: pytest-xdist starts another one.
+
+    Else all later tests of this worker would fail for the one that broke it.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ and nodeid in _failed_here and _cuda_has_ended():
+        time.sleep(1)  # for the report to leave
+        os._exit(1)
+
+
+def _cuda_has_ended() -> bool:
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @pytest.fixture(autouse=True)

@@ -159,15 +159,15 @@ def cost(*, B: int, N: int, H: int, E: int, dtype: torch.dtype) -> dict[str, Cos
     return {"forward": forward, "backward": backward, "full": full}
 
 
-_LENGTHS = (36, 64, 128, 256, 576, 784, 1024)
-_HEADS = ((12, 64), (16, 72))  # B/16, So400m/16
+_LENGTHS = (256, 1024, 0, 64, 576, 128, 36, 784)  # those of the promises first
+_HEADS = ((16, 72), (12, 64))  # So400m/16, B/16
 
 
 def _shapes() -> list[dict[str, int]]:
     shapes = [{"B": 4, "N": 20, "H": 2, "E": 64}]
-    for H, E in _HEADS:
-        shapes += [{"B": TOKENS // N, "N": N, "H": H, "E": E} for N in _LENGTHS]
-        shapes.append({"B": 180, "N": 0, "H": H, "E": E})
+    for N in _LENGTHS:
+        B = TOKENS // N if N else 180
+        shapes += [{"B": B, "N": N, "H": H, "E": E} for H, E in _HEADS]
     return [*shapes, {"B": 256, "N": 256, "H": 16, "E": 96}]  # g-opt
 
 
