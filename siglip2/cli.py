@@ -17,7 +17,7 @@ COMMANDS = {
     "caption": "say what pictures show, with a decoder trained beside the towers",
     "locate": "find a phrase in a picture, print its box and draw it",
     "bench": "time the kernels beside their rivals",
-    "data": "inspect a data source, or build the default one",
+    "data": "inspect a data source, build the default one, or find boxes for phrases",
     "config": "list presets, or show one as YAML",
     "doctor": "check a tokenizer and a model folder for known traps",
     "env": "versions, hardware, and which backend each op uses",
@@ -164,6 +164,7 @@ def _locate(argv: list[str]) -> None:
 
 def _data(argv: list[str]) -> None:
     from .config import DataConfig, QuickstartConfig
+    from .data import boxes_command
 
     parser = _parser("data")
     commands = parser.add_subparsers(dest="what", required=True)
@@ -171,8 +172,12 @@ def _data(argv: list[str]) -> None:
     inspect.add_argument("source", help="as for --data.train")
     build = commands.add_parser("quickstart", help="build the default data set")
     build.add_argument("--concepts", type=int, help="training concepts; default all")
+    boxes = commands.add_parser("boxes", help="find what captions name, with a detector of yours")
+    boxes_command.add_options(boxes)
     args = parser.parse_args(argv)
-    if args.what == "inspect":
+    if args.what == "boxes":
+        print(boxes_command.boxes(args))
+    elif args.what == "inspect":
         from .data.inspect import inspect as inspect_source
 
         print(inspect_source(args.source, DataConfig()))
