@@ -66,6 +66,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocCaConfig:
+    """The captioning decoder (SigLIP 2, section 2.2); a weight of 0 builds none."""
+
+    weight: float = 0.0  # of its loss beside the sigmoid loss; the recipe: 1
+    depth: int | None = None  # blocks; None: half the text tower's
+    length: int = 64  # tokens of a text; not published, LocCa has 64
+    parallel_share: float = 0.5  # captions whose tokens are guessed all at once
+    per_token: bool = False  # tokens of a task count alike; published: texts do
+    tied_head: bool = False  # not published
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with the published meaning of weight decay (SigLIP 2, section 2.1)."""
 
@@ -126,6 +138,7 @@ class EvalConfig:
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    locca: LocCaConfig = field(default_factory=LocCaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dist: DistConfig = field(default_factory=DistConfig)

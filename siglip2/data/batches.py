@@ -1,7 +1,7 @@
 """Which examples and captions make batch k: functions of the seed, so that any process can tell."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from siglip2.data.augment import random_shift
 from siglip2.data.budgets import Budgets
 from siglip2.data.captions import base_language
 from siglip2.data.images import Decoded, Transform
+from siglip2.data.regions import Region
 from siglip2.data.sources import IndexedSource
 from siglip2.data.types import BadSampleError, Example, PackedImages
 
@@ -32,6 +33,7 @@ class Prepared(NamedTuple):
     captions: tuple[tuple[str, str], ...]  # (language, text)
     group_id: int
     tokens: dict[str, Tensor]  # language -> ids, filled as they are drawn where batches are cached
+    regions: tuple[Region, ...] = ()
 
 
 class RawBatch(NamedTuple):
@@ -46,6 +48,11 @@ class RawBatch(NamedTuple):
     cursor: tuple[int, int, int] | None = None  # reader, epoch, examples taken of it
     failure: str | None = None  # why there is no batch
     allowed: int = 0  # patches its budgets allow
+    task_texts: list | None = None  # what `Batcher.write_texts` wrote for each image
+
+
+# Caption, regions and the batch's generator to what a captioning decoder is asked.
+WriteTexts = Callable[[str, Sequence[Region], np.random.Generator], Any]
 
 
 class Batcher:
@@ -62,8 +69,10 @@ class Batcher:
         cache: bool,
         max_shift: float = 0.0,
         budgets: Budgets | None = None,
+        write_texts: WriteTexts | None = None,
     ):
         self.transform, self.tokenizer = transform, tokenizer
+        self.write_texts = write_texts
         self.max_shift = max_shift  # of the sides of an image
         self.captions_per_image = captions_per_image
         self.seed, self.rank, self.cache = seed, rank, cache
@@ -79,7 +88,7 @@ class Batcher:
         except BadSampleError as error:
             raise BadSampleError(error.reason, example.key) from None
         captions = tuple(example.captions.items())
-        return Prepared(image, captions, stable_id(example.group), {})
+        return Prepared(image, captions, stable_id(example.group), {}, tuple(example.regions))
 
     def fit(self, found: Prepared, number: int, place: int) -> Prepared:
         """`found` as image `place` of batch `number` shows it."""
@@ -87,7 +96,8 @@ class Batcher:
             return found
         size = None if self.budgets is None else int(self._sizes(number)[place])
         rng = np.random.default_rng([_CANVAS, self.seed, self.rank, number, place])
-        return found._replace(image=self.transform.fit(found.image, size, rng))
+        fitted = self.transform.fit(found.image, size, rng)
+        return found._replace(image=fitted.pixels, regions=fitted.place.move(found.regions))
 
     def _sizes(self, number: int) -> np.ndarray:  # (B,)
         if self._sizes_of is None or self._sizes_of[0] != number:
@@ -127,8 +137,10 @@ class Batcher:
             drawn += [(example, i) for i in order]
         image_ids = torch.tensor([example.group_id for example in examples])
         image = self.transform.stack([example.image for example in examples])
+        regions = [example.regions for example in examples]
         if self.max_shift:
-            image = random_shift(image, self.max_shift, rng)
+            image, places = random_shift(image, self.max_shift, rng)
+            regions = [place.move(these) for place, these in zip(places, regions, strict=True)]
         return RawBatch(
             image=image,
             text=self._tokens(drawn),
@@ -138,7 +150,19 @@ class Batcher:
             skipped=skipped,
             cursor=cursor,
             allowed=0 if self.budgets is None else int(self._sizes(number).sum()),
+            task_texts=self._task_texts(drawn[::C], regions, rng),
         )
+
+    def _task_texts(
+        self,
+        drawn: list[tuple[Prepared, int]],  # of each image, its first caption
+        regions: list[tuple[Region, ...]],
+        rng: np.random.Generator,
+    ) -> list | None:
+        if self.write_texts is None:
+            return None
+        captions = [example.captions[i][1] for example, i in drawn]
+        return [self.write_texts(*said, rng) for said in zip(captions, regions, strict=True)]
 
 
 def failed(reason: str, skipped: list[BadSampleError]) -> RawBatch:

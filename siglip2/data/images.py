@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip2.data.augment import on_canvas
+from siglip2.data.augment import Place, on_canvas
 from siglip2.data.packing import pack_patches, pillow_pixels, resize_uint8
 from siglip2.data.types import BadSampleError, PackedImages
 from siglip2.errors import require
@@ -115,6 +115,13 @@ def pack(images: Sequence[PackedImages]) -> PackedImages:
         cu_seqlens=cu_seqlens,
         max_seqlen=max(image.max_seqlen for image in images),
     )
+
+
+class Fitted(NamedTuple):
+    """A picture at its size, and where it lies in it."""
+
+    pixels: Tensor  # (H, W, 3) uint8
+    place: Place
 
 
 class Decoded(NamedTuple):
@@ -236,19 +243,21 @@ class NaflexTransform:
         decoded: Decoded,
         max_num_patches: int | None = None,
         rng: np.random.Generator | None = None,
-    ) -> Tensor:  # (H, W, 3) uint8
+    ) -> Fitted:
         """The picture at a budget; without `rng` its canvas depends on its pixels alone."""
         pixels, height, width = decoded
+        place = Place()
         if self.canvas_aspect > 1:
             if rng is None:
                 rng = np.random.default_rng(zlib.crc32(pixels.numpy()))
-            pixels = on_canvas(pixels[..., :3], self.canvas_aspect, rng)
+            pixels, place = on_canvas(pixels[..., :3], self.canvas_aspect, rng)
             height, width = pixels.shape[:2]
         budget = max_num_patches or self.max_num_patches
-        return _resized(pixels, naflex_size(height, width, self.patch_size, budget))
+        size = naflex_size(height, width, self.patch_size, budget)
+        return Fitted(_resized(pixels, size), place)
 
     def prepare(self, image: "Image | bytes") -> Tensor:  # (H, W, 3) uint8
-        return self.fit(self.decode(image))
+        return self.fit(self.decode(image)).pixels
 
     def stack(self, prepared: Sequence[Tensor]) -> PackedImages:
         return pack_patches(prepared, self.patch_size)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from siglip2.data.batches import Batcher, IndexedBatches, RawBatch
+from siglip2.data.batches import Batcher, IndexedBatches, RawBatch, WriteTexts
 from siglip2.data.budgets import Budgets
 from siglip2.data.eval_loader import EvalBatch, EvalLoader
 from siglip2.data.images import FixedTransform, NaflexTransform, Transform
@@ -38,6 +38,8 @@ class TrainLoader:
         keep_groups: Images of one group (drawings of one thing) come in one batch.
         random_shift: Move each image by up to this share of its sides; fixed resolution only.
         budgets: Patches each image may have (NaFlex); None: the transform's `max_num_patches`.
+        write_texts: Makes each image's caption and regions, as the batch shows them, into an entry
+            of "task_texts" (`siglip2.locca.TextDraws`).
 
     Raises DataError: too few shards, a state of another run, or no example that can be used.
     """
@@ -59,6 +61,7 @@ class TrainLoader:
         keep_groups: bool = False,
         random_shift: float = 0.0,
         budgets: Budgets | None = None,
+        write_texts: WriteTexts | None = None,
     ):
         if min(batch_size, captions_per_image, world_size, shuffle_buffer) < 1 or workers < 0:
             raise DataError(
@@ -80,6 +83,7 @@ class TrainLoader:
             cache=cache_images,
             max_shift=random_shift,
             budgets=budgets,
+            write_texts=write_texts,
         )
         self._indexed = None
         if not isinstance(source, ShardSource):
@@ -165,6 +169,7 @@ class TrainLoader:
             "text_ids": raw.text_ids,
             "languages": raw.languages,
             **parts,
+            **({} if raw.task_texts is None else {"task_texts": raw.task_texts}),
         }
 
     def _note(self, raw: RawBatch) -> dict[str, int]:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from siglip2_kernels import linear_cross_entropy
 
 from ..models.decoder import Decoder
-from ..models.vision import VisionOutput
-from .packing import PackedTexts, pack_texts
-from .tasks import Encoder, ImageTexts, task_texts
+from .packing import PackedTexts, Totals, draw_parallel, pack_texts
+from .tasks import Encoder, ImageTexts, TaskText, task_texts
 
 
 class DecoderLoss(NamedTuple):
@@ -52,16 +51,27 @@ class LocCaLoss(nn.Module):
         texts = []
         for number, image in enumerate(images):
             try:
-                texts.append(task_texts(image, encoder, self.decoder.config.length))
+                said = task_texts(image, encoder, self.decoder.config.length)
             except ValueError as error:
                 raise ValueError(f"image {number}: {error}") from None
+            texts.append(draw_parallel(said, self.parallel_share, rng))
+        return self.pack_tokens(texts, vision_lengths, device=device)
+
+    def pack_tokens(
+        self,
+        images: Sequence[Sequence[TaskText]],
+        vision_lengths: Sequence[int],
+        *,
+        totals: Totals | None = None,
+        device: torch.device | str | None = None,
+    ) -> PackedTexts:
+        """As `pack`, of texts that are tokens already; `totals` as for `pack_texts`."""
         return pack_texts(
-            texts,
+            images,
             vision_lengths,
             mask_id=self.decoder.mask_id,
-            rng=rng,
-            parallel_share=self.parallel_share,
             per_token=self.per_token,
+            totals=totals,
             device=device,
         )
 
@@ -123,21 +133,3 @@ class CaptionLoss(LocCaLoss):
     ) -> PackedTexts:
         texts = [ImageTexts(caption) for caption in images]
         return super().pack(texts, vision_lengths, encoder, rng=rng, device=device)
-
-
-def locca_losses(
-    locca: LocCaLoss,
-    vision: VisionOutput,
-    packed: PackedTexts,
-    *,
-    weight: float = 1.0,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a task adds: terms of its "loss" by name, and scalars worth logging.
-
-    `vision` is the pass that the sigmoid loss pools, so the tower runs once for both.
-
-    Args:
-        weight: Of the decoder's loss beside the sigmoid loss (SigLIP 2, section 2.2: equal).
-    """
-    found = locca(vision.tokens, packed)
-    return {"locca_loss": weight * found.loss}, {"token_accuracy": found.token_accuracy}

@@ -11,7 +11,7 @@ from siglip2_kernels import make_plan
 
 from ..models.decoder import Texts
 from ..models.sequences import ragged
-from .tasks import TASKS, TaskText
+from .tasks import TASKS, Task, TaskText
 
 BEGIN = 0  # what precedes the first token: the padding id, as CapPa
 
@@ -28,23 +28,48 @@ class PackedTexts(NamedTuple):
     longest_vision: int  # vision tokens of the image with the most
 
 
+class Totals(NamedTuple):
+    """What the means of the loss divide by, for each task."""
+
+    texts: dict[Task, int]  # that have something to guess
+    tokens: dict[Task, int]  # that are guessed
+
+
+def count_texts(images: Sequence[Sequence[TaskText]]) -> Totals:
+    """Totals of a batch; a part of it is packed with those of the whole."""
+    texts, tokens = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0)
+    for text in (text for image in images for text in image):
+        guessed = len(text.ids) - text.prefix
+        texts[text.task] += guessed > 0
+        tokens[text.task] += guessed
+    return Totals(texts, tokens)
+
+
+def draw_parallel(
+    texts: Sequence[TaskText], share: float, rng: np.random.Generator
+) -> list[TaskText]:
+    """`share` of captions are guessed all at once, without a causal mask (SigLIP 2, section 2.2)."""
+    return [
+        text._replace(is_parallel=bool(rng.random() < share)) if text.task == "caption" else text
+        for text in texts
+    ]
+
+
 def pack_texts(
     images: Sequence[Sequence[TaskText]],
     vision_lengths: Sequence[int],
     *,
     mask_id: int,
-    rng: np.random.Generator,
-    parallel_share: float = 0.5,
     per_token: bool = False,
+    totals: Totals | None = None,
     device: torch.device | str | None = None,
 ) -> PackedTexts:
     """All texts of all images, in order.
 
     Args:
         vision_lengths: Vision tokens of each image.
-        parallel_share: Of captions, whose tokens are all guessed at once, from mask tokens and
-            without a causal mask (SigLIP 2, section 2.2: 0.5).
         per_token: Every token of a task counts alike; else every text, as published.
+        totals: Of the batch that these images are a part of; None: they are all of it.
 
     Raises ValueError when images and lengths differ in number.
     """
@@ -53,25 +78,24 @@ def pack_texts(
         raise ValueError(f"need texts and vision tokens of as many images; got {got}")
     flat = [text for image in images for text in image]
     lengths = [len(text.ids) for text in flat]
-    is_parallel = [t.task == "caption" and bool(rng.random() < parallel_share) for t in flat]
     ids, target, weight = [], [], []
-    shares = _shares(flat, per_token=per_token)
-    for text, parallel, share in zip(flat, is_parallel, shares, strict=True):
+    shares = _shares(flat, totals or count_texts(images), per_token=per_token)
+    for text, share in zip(flat, shares, strict=True):
         n = len(text.ids)
-        ids += [mask_id] * n if parallel else [BEGIN, *text.ids[:-1]]
+        ids += [mask_id] * n if text.is_parallel else [BEGIN, *text.ids[:-1]]
         target += text.ids
         weight += [0.0] * text.prefix + [share] * (n - text.prefix)
     of_images = [sum(len(text.ids) for text in image) for image in images]
-    weights = torch.tensor(weight, dtype=torch.float32)
+    counted = [at for at, share in enumerate(weight) if share]
     tensors = {
         "ids": torch.tensor(ids, dtype=torch.int64),
         "target": torch.tensor(target, dtype=torch.int64),
-        "weight": weights,
-        "counted": torch.nonzero(weights)[:, 0],
+        "weight": torch.tensor(weight, dtype=torch.float32),
+        "counted": torch.tensor(counted, dtype=torch.int64),
         "task": torch.tensor([TASKS.index(t.task) for t in flat for _ in t.ids], dtype=torch.int64),
         "positions": torch.tensor([i for n in lengths for i in range(n)], dtype=torch.int64),
         "lookahead": torch.tensor(
-            [n if p else 0 for n, p in zip(lengths, is_parallel, strict=True)], dtype=torch.int32
+            [len(t.ids) if t.is_parallel else 0 for t in flat], dtype=torch.int32
         ),
     }
     on = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
@@ -86,13 +110,11 @@ def pack_texts(
     return PackedTexts(texts, *outputs, sum(vision_lengths), max(vision_lengths, default=0))
 
 
-def _shares(texts: Sequence[TaskText], *, per_token: bool) -> list[float]:
+def _shares(texts: Sequence[TaskText], totals: Totals, *, per_token: bool) -> list[float]:
     """Weight of a guessed token of each text, such that those of a task sum to 1."""
     guessed = [len(text.ids) - text.prefix for text in texts]
-    totals = dict.fromkeys(TASKS, 0)
-    for text, n in zip(texts, guessed, strict=True):
-        totals[text.task] += n if per_token else n > 0
-    return [
-        1 / totals[text.task] / (1 if per_token else n) if n else 0.0
-        for text, n in zip(texts, guessed, strict=True)
-    ]
+    if per_token:
+        return [
+            1 / totals.tokens[t.task] if n else 0.0 for t, n in zip(texts, guessed, strict=True)
+        ]
+    return [1 / totals.texts[t.task] / n if n else 0.0 for t, n in zip(texts, guessed, strict=True)]

@@ -33,6 +33,7 @@ class TaskText(NamedTuple):
     task: Task
     ids: tuple[int, ...]  # with the end token where there was room
     prefix: int
+    is_parallel: bool = False  # its tokens are guessed all at once, from mask tokens
 
 
 class ImageTexts(NamedTuple):

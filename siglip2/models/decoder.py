@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from siglip2_kernels import VarlenPlan, varlen_attention, varlen_qkv_attention
 
@@ -141,6 +142,7 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.size.width
         self.config = config
+        self.grad_checkpointing = False  # blocks are computed again in the backward
         self.token_embed = nn.Parameter(torch.empty(config.vocab_size + 1, width))
         self.posemb = nn.Parameter(torch.empty(config.length, width))
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.size.depth))
@@ -168,7 +170,10 @@ class Decoder(nn.Module):
     ) -> Tensor:  # (T, D)
         x = self.embed(texts.ids, texts.positions, vision.dtype)
         for block in self.blocks:
-            x = block(x, vision, texts)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, vision, texts, use_reentrant=False)
+            else:
+                x = block(x, vision, texts)
         return self.norm(x)
 
     def init_weights(self) -> None:

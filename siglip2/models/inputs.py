@@ -38,6 +38,18 @@ def batch_size(image: Images) -> int:
     return image[_keys(image)[0]].shape[0]
 
 
+def token_counts(image: Images, config: VisionConfig) -> list[int]:
+    """Vision tokens of each image of a batch; a padded dialect's sizes are looked at."""
+    if isinstance(image, Tensor):
+        return [config.grid_size**2] * image.shape[0]
+    if isinstance(image, PackedImages):
+        return image.grid_hw.prod(1).tolist()
+    keys = _keys(image)
+    if keys == TIMM_KEYS:
+        return image["patch_valid"].sum(1).tolist()
+    return image["spatial_shapes"].prod(1).tolist()
+
+
 def take_images(image: Images, first: int, last: int) -> Images:
     """Images [first, last) of a batch, in its dialect. Views, and no wait for the device.
 

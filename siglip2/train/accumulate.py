@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..locca.packing import count_texts
 from ..models.inputs import batch_size, take_images
 from .parallel import gradient_sync, unwrapped
 from .task import IMAGE_IDS, TEXT_IDS, Cached, Losses, Siglip2Task, normalize_batch
@@ -37,9 +38,8 @@ def accumulate(
         with gradient_sync(task, number == num_parts):
             losses, report = task(part, cached=cached)
             losses["loss"].backward()
-        for name, value in losses.items():
-            value = value.detach() * (1.0 if name == "loss" else cached.weight)
-            totals[name] = totals[name] + value if name in totals else value
+        for name, value in losses.items():  # each is this part's share
+            totals[name] = totals.get(name, 0.0) + value.detach()
     return {**totals, "sigmoid_loss": sum(share.loss for share in shares)}, report
 
 
@@ -63,8 +63,10 @@ def _contrast(
     loss = loss.detach()
     sizes = [batch_size(part["image"]) for part in parts]
     rows = zip(dimg.split(sizes), dtxt.split([len(part) for part in txts]), strict=True)
-    weights = [size / sum(sizes) for size in sizes]
-    shares = [Cached(loss * w, w, *row, None, None) for w, row in zip(weights, rows, strict=True)]
+    shares = [
+        Cached(loss * (size / sum(sizes)), *row, None, None)
+        for size, row in zip(sizes, rows, strict=True)
+    ]
     # With the part whose gradients cross ranks: FSDP2 leaves the scalars to a hook.
     shares[-1] = shares[-1]._replace(dlog_scale=dlog_scale, dbias=dbias)
     return shares
@@ -83,10 +85,13 @@ def _split(batch: Mapping[str, Any], num_parts: int) -> Iterator[Mapping[str, An
         of_texts = [num_texts * i // num_parts for i in range(num_parts + 1)]
     else:
         of_texts = [i * (num_texts // num_images) for i in of_images]
+    said = batch.get("task_texts")
+    totals = None if said is None else count_texts(said)
     for (i, j), (k, m) in zip(pairwise(of_images), pairwise(of_texts), strict=True):
         yield {
             "image": take_images(batch["image"], i, j),
             "text": batch["text"][k:m],
             **{key: batch[key][i:j] for key in IMAGE_IDS if key in batch},
             **{key: batch[key][k:m] for key in TEXT_IDS if key in batch},
+            **({} if said is None else {"task_texts": said[i:j], "task_totals": totals}),
         }

@@ -24,10 +24,10 @@ from torch.distributed.fsdp import FSDPModule
 from ..config import Config
 from ..errors import ConfigError
 from ..models.presets import Architecture
-from ..models.siglip2 import Siglip2
 from . import parallel, setup
-from .fake_step import fake_batch, fake_ranks, fake_step
+from .fake_step import fake_batch, fake_ranks, fake_step, weighty_parts
 from .step_record import LOSS, LOSS_TRAFFIC, Collective, StepRecord, record_step
+from .task import Siglip2Task
 
 _FLOAT32 = 4  # bytes of a weight, of its gradient and of either AdamW moment
 _FIRST_BUCKET_BYTES, _BUCKET_BYTES = dist._DEFAULT_FIRST_BUCKET_BYTES, 25 << 20  # DDP's defaults
@@ -41,10 +41,11 @@ class Sizes(NamedTuple):
     text: int
     token_table: int  # part of the text tower
     scalars: int
+    decoder: int = 0
 
     @property
     def total(self) -> int:
-        return self.vision + self.text + self.scalars
+        return self.vision + self.text + self.decoder + self.scalars
 
 
 class DryRun(NamedTuple):
@@ -92,7 +93,7 @@ def dry_run(config: Config, *, world_size: int) -> DryRun:
     record = _longer_ring(seen.record, world_size) if is_long_ring else seen.record
     collectives, strategy_bytes = list(record.collectives), 0
     if sharded is not None:
-        groups = _groups(sharded.model)
+        groups = _groups(sharded.task)
         collectives = [c for c in collectives if c.what in LOSS_TRAFFIC]
         collectives += _resized(sharded.record.collectives, groups, world_size)
         strategy_bytes = _fsdp_bytes(groups, world_size, config.train.accum_steps)
@@ -101,10 +102,10 @@ def dry_run(config: Config, *, world_size: int) -> DryRun:
         strategy_bytes = sum(seen.buckets)
     return DryRun(
         config,
-        seen.model.architecture,
+        seen.task.model.architecture,
         world_size,
-        _sizes(seen.model, 1),
-        _sizes(seen.model, world_size if is_sharded else 1),
+        _sizes(seen.task, 1),
+        _sizes(seen.task, world_size if is_sharded else 1),
         record._replace(collectives=collectives),
         strategy_bytes,
         seen.batch_bytes,
@@ -112,7 +113,7 @@ def dry_run(config: Config, *, world_size: int) -> DryRun:
 
 
 class _Watched(NamedTuple):
-    model: Siglip2
+    task: Siglip2Task
     record: StepRecord
     batch_bytes: int
     buckets: list[int]
@@ -124,12 +125,12 @@ def _watch(
     """A step of the unwrapped task, or of FSDP2's."""
     with fake_ranks(num_ranks):
         step = fake_step(config, fake, is_sharded=is_sharded)
-        model = parallel.unwrapped(step.task).model
+        task = parallel.unwrapped(step.task)
         with fake:
-            batch, known = fake_batch(config, model.architecture)
+            batch, known = fake_batch(config, task.model.architecture)
             record = record_step(step, batch, known=known)
             buckets = [] if is_sharded else _buckets(record.ready)
-    return _Watched(model, record, _num_bytes(batch), buckets)
+    return _Watched(task, record, _num_bytes(batch), buckets)
 
 
 def _num_bytes(batch: Mapping[str, Any]) -> int:
@@ -154,14 +155,14 @@ def _longer_ring(record: StepRecord, world_size: int) -> StepRecord:
     return record._replace(collectives=collectives, flops=flops)
 
 
-def _sizes(model: Siglip2, num_shards: int) -> Sizes:
+def _sizes(task: Siglip2Task, num_shards: int) -> Sizes:
     """Of the rank that has most: FSDP2 cuts along the first dimension, rounded up."""
-    vision, text = (
-        sum(_shard_numel(p, num_shards) for p in tower.parameters())
-        for tower in (model.vision, model.text)
+    vision, text, *decoder = (
+        sum(_shard_numel(p, num_shards) for p in part.parameters()) for part in weighty_parts(task)
     )
-    table = _shard_numel(model.text.token_embed, num_shards)
-    return Sizes(vision, text, table, sum(p.numel() for p in model.parameters(recurse=False)))
+    table = _shard_numel(task.model.text.token_embed, num_shards)
+    scalars = sum(p.numel() for p in task.model.parameters(recurse=False))
+    return Sizes(vision, text, table, scalars, sum(decoder))
 
 
 def _shard_numel(p: nn.Parameter, num_shards: int) -> int:

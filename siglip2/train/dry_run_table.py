@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from ..config import Config
 from . import setup
 from .dry_run import DryRun
-from .step_record import CASTS, LOSS, TEXT, TOWERS, VISION, Collective
+from .step_record import CASTS, DECODER, LOSS, TEXT, TOWERS, VISION, Collective
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -43,6 +43,7 @@ def _parameters(run: DryRun) -> str:
     rows = [("parameters", "number")]
     rows += [(VISION, f"{whole.vision:,}"), (TEXT, f"{whole.text:,}")]
     rows += [("  of which token table", f"{whole.token_table:,}")]
+    rows += [(DECODER, f"{whole.decoder:,}")] if whole.decoder else []
     rows += [("scalars", f"{whole.scalars:,}"), ("total", f"{whole.total:,}")]
     return _table(rows)
 
@@ -58,9 +59,10 @@ def memory_bytes(run: DryRun) -> dict[str, int]:
         "AdamW": 8 * run.local.total,
         f"activations, {VISION}": step.saved_bytes[VISION],
         f"activations, {TEXT}": step.saved_bytes[TEXT],
+        f"activations, {DECODER}": step.saved_bytes[DECODER],
         f"{config.train.precision} copies of weights": step.saved_bytes[CASTS],
         "one block, recomputed": step.recomputed_bytes if checkpointed else 0,
-        f"loss ({config.dist.loss})": step.loss_bytes,
+        f"losses ({config.dist.loss})": step.loss_bytes,
         strategy[config.dist.strategy]: run.strategy_bytes,
         "batch": run.batch_bytes,
     }
@@ -73,6 +75,7 @@ def _memory(run: DryRun) -> str:
         (VISION, local.vision),
         (TEXT, local.text),
         ("  of which token table", local.token_table),
+        *([(DECODER, local.decoder)] if local.decoder else []),
         ("scalars", local.scalars),
     )
     saved = run.step.saved_bytes
@@ -144,8 +147,8 @@ def _grouped(collectives: Iterable[Collective]) -> dict[tuple[str, str], list[Co
 def _flops(run: DryRun) -> str:
     flops = run.step.flops
     rows = [("FLOPs of a device and step", "")]
-    rows += [(TOWERS, f"{flops[TOWERS]:.4g}"), (LOSS, f"{flops[LOSS]:.4g}")]
-    rows.append(("total", f"{flops[TOWERS] + flops[LOSS]:.4g}"))
+    rows += [(part, f"{flops[part]:.4g}") for part in (TOWERS, DECODER, LOSS) if flops.get(part)]
+    rows.append(("total", f"{sum(flops.values()):.4g}"))
     return (
         _table(rows) + "\n(matrix products and attention; a multiplication and an addition are 2)"
     )

@@ -15,10 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config import Config
 from ..data.types import PackedImages
+from ..locca.tasks import TASKS, TaskText
 from ..models.presets import Architecture, architecture
 from . import parallel, setup
 from .optim import adamw
 from .step import TrainStep
+from .task import Siglip2Task
 
 
 @contextmanager
@@ -44,7 +46,9 @@ def fake_step(config: Config, fake: FakeTensorMode, *, is_sharded: bool) -> Trai
     model = setup.build_model(replace(config, model=asked), vocab_size, torch.device("meta"))
     model.set_grad_checkpointing(asked.grad_checkpointing)
     # The first step's comparison of shapes is no part of the others.
-    task = setup.build_task(model, replace(config.dist, check_shapes=False))
+    task = setup.build_task(model, replace(config, dist=replace(config.dist, check_shapes=False)))
+    if task.locca is not None:
+        task.locca.decoder.grad_checkpointing = asked.grad_checkpointing
     with fake:
         for name, scalar in model.named_parameters(recurse=False):
             setattr(model, name, nn.Parameter(torch.empty(scalar.shape, device="cpu")))
@@ -52,14 +56,20 @@ def fake_step(config: Config, fake: FakeTensorMode, *, is_sharded: bool) -> Trai
         with _sharding_on_cpu():
             parallel.wrap(task, "fsdp")
     with fake:
-        for tower in (model.vision, model.text):
-            tower.to_empty(device="cpu")
+        for part in weighty_parts(task):
+            part.to_empty(device="cpu")
     return TrainStep(
         task,
         adamw(task, config.optim),
         grad_clip_norm=config.optim.grad_clip_norm,
         accum_steps=config.train.accum_steps,
     )
+
+
+def weighty_parts(task: Siglip2Task) -> list[nn.Module]:
+    """What holds the task's weights, but for the scalars."""
+    decoder = [] if task.locca is None else [task.locca.decoder]
+    return [task.model.vision, task.model.text, *decoder]
 
 
 @contextmanager
@@ -79,7 +89,7 @@ def fake_batch(
 ) -> tuple[Mapping[str, Any], list[tuple[Tensor, list]]]:
     """A fake batch of one device, shaped as the loader's, and its numbers that the host looks at.
 
-    NaFlex images have all the patches allowed.
+    NaFlex images have all the patches allowed, texts for the decoder all their tokens.
     """
     known = []
     B, M = config.train.batch_size, config.train.batch_size * config.data.captions_per_image
@@ -103,4 +113,7 @@ def fake_batch(
         "image_ids": torch.empty(B, dtype=torch.int64),
         "text_ids": torch.empty(M, dtype=torch.int64),
     }
+    if config.locca.weight:
+        full = (0,) * config.locca.length
+        batch["task_texts"] = [[TaskText(task, full, 1) for task in TASKS]] * B
     return batch, known

@@ -1,10 +1,13 @@
 """AdamW over the parameters that the published recipe decays, and those that it does not."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from ..config import OptimConfig
 from ..models.layers import Linear
+from .fused_adamw import FusedAdamW
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -24,12 +27,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; each group keeps its peak rate under "peak_lr"."""
+def adamw(
+    model: nn.Module,
+    config: OptimConfig,
+    *,
+    name: Literal["adamw", "fused_adamw"] = "adamw",
+) -> torch.optim.AdamW:
+    """Fused AdamW, torch's or ours; each group keeps its peak rate under "peak_lr"."""
     groups = parameter_groups(model, config.weight_decay)
     for group in groups:
         group["peak_lr"] = config.lr
     # torch's eps, 1e-8: none is published
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
-    )
+    rules = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": 1e-8}
+    if name == "fused_adamw":
+        return FusedAdamW(groups, **rules)
+    return torch.optim.AdamW(groups, **rules, fused=True)

@@ -4,7 +4,7 @@ Process group, DDP or FSDP2 around the task, and full weights back from either.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from ..models.decoder import Decoder
 from ..models.siglip2 import Siglip2
 from .task import Siglip2Task
 
@@ -75,6 +76,10 @@ def _fsdp(task: Siglip2Task) -> nn.Module:
         for block in tower.encoder.blocks:
             fully_shard(block)
         fully_shard(tower)
+    if task.locca is not None:
+        for block in task.locca.decoder.blocks:
+            fully_shard(block)
+        fully_shard(task.locca.decoder)
     # FSDP2 cannot shard 0-D parameters: the two scalars stay whole and average their gradients
     # here.
     for scalar in (model.log_scale, model.bias):
@@ -115,12 +120,25 @@ def unwrapped(task: nn.Module) -> Siglip2Task:
 def whole_model(task: nn.Module) -> Siglip2 | None:
     """The model with all its weights, on rank 0; None elsewhere. Every rank must call it."""
     model = unwrapped(task).model
-    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
-        return model if rank() == 0 else None
+    return _whole(model, lambda: Siglip2(model.architecture, dtype=model.dtype))
+
+
+def whole_decoder(task: nn.Module) -> Decoder | None:
+    """As `whole_model`; None on all ranks where the task has no decoder."""
+    locca = unwrapped(task).locca
+    if locca is None:
+        return None
+    return _whole(locca.decoder, lambda: Decoder(locca.decoder.config))
+
+
+def _whole(module: nn.Module, build: Callable[[], nn.Module]) -> Any:
+    parameters = list(module.parameters())
+    if not any(hasattr(p, "full_tensor") for p in parameters):
+        return module if rank() == 0 else None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+    state = get_model_state_dict(module, options=options)
     if rank() != 0:
         return None
-    copy = Siglip2(model.architecture, dtype=model.dtype)
+    copy = build()
     copy.load_state_dict(state)
-    return copy.to(model.device)
+    return copy.to(parameters[0].device)

@@ -1,15 +1,18 @@
 """From a config to the objects of a run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import Config, DataConfig, DistConfig
+from ..config import Config, DataConfig, LocCaConfig
 from ..data.budgets import Budgets, attention_tokens
 from ..errors import ConfigError
+from ..locca import LocCaLoss, TextDraws
 from ..losses import SigLipLoss
+from ..models.decoder import Decoder, decoder_config
 from ..models.factory import create_model
 from ..models.presets import architecture
 from ..models.siglip2 import Siglip2
@@ -56,11 +59,34 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> Siglip
     )
 
 
-def build_task(model: Siglip2, dist: DistConfig) -> Siglip2Task:
+def build_task(model: Siglip2, config: Config) -> Siglip2Task:
     """The model under its objectives; embeddings travel unnormalised, in the towers' dtype."""
+    dist = config.dist
     loss = SigLipLoss(dist_impl=dist.loss, normalize=True, check_shapes=dist.check_shapes)
     loss.arrival_timeout_s = dist.timeout_s
-    return Siglip2Task(model, loss=loss)
+    locca = _build_locca(model, config.locca)
+    return Siglip2Task(model, loss=loss, locca=locca, locca_weight=config.locca.weight)
+
+
+def _build_locca(model: Siglip2, locca: LocCaConfig) -> LocCaLoss | None:
+    """A decoder of random weights: none is released. None where it has no weight."""
+    if not locca.weight:
+        return None
+    changes = {} if locca.depth is None else {"depth": locca.depth}
+    shape = decoder_config(model.architecture, length=locca.length, tied_head=locca.tied_head)
+    with torch.device(model.device):
+        decoder = Decoder(replace(shape, size=replace(shape.size, **changes)))
+    if model.device.type != "meta":
+        decoder.init_weights()
+    return LocCaLoss(decoder, parallel_share=locca.parallel_share, per_token=locca.per_token)
+
+
+def build_text_draws(config: Config, tokenizer: Any) -> TextDraws | None:
+    """What the decoder is asked about each image of a batch; None without a decoder."""
+    locca = config.locca
+    if not locca.weight:
+        return None
+    return TextDraws(tokenizer, length=locca.length, parallel_share=locca.parallel_share)
 
 
 def build_transform(model: Siglip2, data: DataConfig) -> Any:
@@ -121,6 +147,8 @@ def check(config: Config) -> None:
         ("model.init_temperature", config.model.init_temperature),
         ("optim.lr", config.optim.lr),
         ("dist.timeout_s", config.dist.timeout_s),
+        ("locca.length", config.locca.length),
+        ("locca.depth", 1 if config.locca.depth is None else config.locca.depth),
     ):
         if value <= 0:
             faults.append(f"{name}: need more than 0; got {value}")
@@ -129,6 +157,7 @@ def check(config: Config) -> None:
         ("optim.weight_decay", config.optim.weight_decay),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm),
         ("data.workers", data.workers),
+        ("locca.weight", config.locca.weight),
     ):
         if value < 0:
             faults.append(f"{name}: need 0 or more; got {value}")
@@ -137,6 +166,8 @@ def check(config: Config) -> None:
             f"train.accum_steps: need at most train.batch_size={train.batch_size};"
             f" got {train.accum_steps}"
         )
+    if not 0 <= config.locca.parallel_share <= 1:
+        faults.append(f"locca.parallel_share: need 0 to 1; got {config.locca.parallel_share}")
     try:
         vision = architecture(config.model.name).vision
     except ValueError as error:

@@ -114,8 +114,15 @@ class TrainStep:
         norm = nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if self.grad_clip_norm:
-            nn.utils.clip_grads_with_norm_(self._parameters, self.grad_clip_norm, norm)
+            self._clip(norm)
         return norm
+
+    def _clip(self, norm: Tensor) -> None:
+        """In the update's own pass where the optimizer offers that (`FusedAdamW`)."""
+        if hasattr(self.optimizer, "clip_coefficient"):
+            self.optimizer.clip_coefficient = (self.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        else:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.grad_clip_norm, norm)
 
     def _update(self, bad: Tensor) -> None:
         if self._can_skip:

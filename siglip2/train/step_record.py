@@ -22,12 +22,15 @@ from torch.utils._pytree import tree_leaves
 from .flops import FLOPS
 from .parallel import unwrapped
 from .step import TrainStep
+from .task import Siglip2Task
 
-VISION, TEXT, CASTS, LOSS = "vision tower", "text tower", "weights cast for the towers", "loss"
+VISION, TEXT, DECODER = "vision tower", "text tower", "captioning decoder"
+CASTS, LOSS = "weights cast for the towers", "loss"
 TOWERS = "towers"
 
 _aten = torch.ops.aten
 _sigmoid_loss = torch.ops.siglip2.sigmoid_loss
+_linear_cross_entropy = torch.ops.siglip2.linear_cross_entropy
 _KINDS = {
     "_allgather_base_": "all-gather",
     "_reduce_scatter_base_": "reduce-scatter",
@@ -58,7 +61,7 @@ class StepRecord(NamedTuple):
     recomputed_bytes: int  # of one block, in the backward of a checkpointed tower
     loss_bytes: int  # most that lives at a time of what is made outside the towers
     collectives: list[Collective]
-    flops: Mapping[str, int]  # LOSS: of its products; TOWERS: of all others
+    flops: Mapping[str, int]  # LOSS: of the sigmoid loss; DECODER, its head too; TOWERS: the rest
     ready: list[nn.Parameter]  # in the order their gradients were complete
 
 
@@ -77,15 +80,15 @@ def record_step(
     Args:
         known: Fake tensors of the batch whose numbers the host asks for, with all their elements.
     """
-    model = unwrapped(step.task).model
-    recorder = Recorder(p for p in model.parameters() if not isinstance(p, DTensor))
+    task = unwrapped(step.task)
+    recorder = Recorder(p for p in task.parameters() if not isinstance(p, DTensor))
     for x, numbers in known:
         recorder.know(x, numbers)
-    with recorder.watching(model), recorder, saved_tensors_hooks(recorder.pack, lambda x: x):
+    with recorder.watching(task), recorder, saved_tensors_hooks(recorder.pack, lambda x: x):
         step(batch)
     recomputed = [_bytes_of_block(*called) for called in recorder.checkpointed]
     return StepRecord(
-        {part: recorder.saved.peak[part] for part in (VISION, TEXT, CASTS)},
+        {part: recorder.saved.peak[part] for part in (VISION, TEXT, DECODER, CASTS)},
         max(recomputed, default=0),
         recorder.alive.peak[LOSS],
         recorder.collectives,
@@ -124,13 +127,20 @@ class Recorder(TorchDispatchMode):
         elif func.namespace in ("c10d", "_c10d_functional"):
             self._record_collective(func, args)
         elif count := FLOPS.get(func._overloadpacket):
-            part = LOSS if func._overloadpacket is _sigmoid_loss else TOWERS
-            self.flops[part] += count(*args, **(kwargs or {}), out_val=out)
+            self.flops[self._doer(func._overloadpacket)] += count(
+                *args, **(kwargs or {}), out_val=out
+            )
         is_cast = func is _aten._to_copy.default and _key(args[0]) in self._weights
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and _key(x) not in self._weights:
                 self.alive.add(x, CASTS if is_cast else self.phase)
         return out
+
+    def _doer(self, op: Any) -> str:
+        if op is _sigmoid_loss:
+            return LOSS
+        is_decoder = self.phase == DECODER or op is _linear_cross_entropy
+        return DECODER if is_decoder else TOWERS
 
     def pack(self, x: Tensor) -> Tensor:
         """Of `saved_tensors_hooks`. What was made before the step is the batch."""
@@ -140,19 +150,23 @@ class Recorder(TorchDispatchMode):
         return x
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def watching(self, task: Siglip2Task) -> Iterator[None]:
         """Tell the towers' work from what is between them; see inputs kept and gradients done."""
-        hooks = [p.register_post_accumulate_grad_hook(self._is_ready) for p in model.parameters()]
-        for encoder in (model.vision.encoder, model.text.encoder):
-            if encoder.grad_checkpointing:
-                hooks += [b.register_forward_pre_hook(self._keep_input) for b in encoder.blocks]
-                hooks.append(encoder.blocks[0].register_forward_pre_hook(self._note_call))
-        for name, part in (("encode_image", VISION), ("encode_text", TEXT)):
-            setattr(model, name, self._in_phase(getattr(model, name), part))
+        model, decoder = task.model, None if task.locca is None else task.locca.decoder
+        hooks = [p.register_post_accumulate_grad_hook(self._is_ready) for p in task.parameters()]
+        for stack in (model.vision.encoder, model.text.encoder, decoder):
+            if stack is not None and stack.grad_checkpointing:
+                hooks += [b.register_forward_pre_hook(self._keep_input) for b in stack.blocks]
+                hooks.append(stack.blocks[0].register_forward_pre_hook(self._note_call))
+        calls = [(model, "forward_vision", VISION), (model, "encode_text", TEXT)]
+        calls += [] if decoder is None else [(decoder, "forward", DECODER)]
+        for owner, name, part in calls:
+            setattr(owner, name, self._in_phase(getattr(owner, name), part))
         try:
             yield
         finally:
-            del model.encode_image, model.encode_text
+            for owner, name, _ in calls:
+                delattr(owner, name)
             for hook in hooks:
                 hook.remove()
 
@@ -167,7 +181,7 @@ class Recorder(TorchDispatchMode):
 
     def _note_call(self, block: nn.Module, args: tuple) -> None:
         if all(block is not other for other, *_ in self.checkpointed):
-            self.checkpointed.append((block, args[0].detach(), args[1]))
+            self.checkpointed.append((block, args[0].detach(), args[1:]))
 
     def _in_phase(self, encode: Callable, part: str) -> Callable:
         def enter(*_) -> None:
@@ -176,8 +190,9 @@ class Recorder(TorchDispatchMode):
         def encode_in_phase(*args, **kwargs):
             enter()
             out = encode(*args, **kwargs)
-            if out.requires_grad:
-                out.register_hook(enter)
+            for x in tree_leaves(out):
+                if x.requires_grad:
+                    x.register_hook(enter)
             self.phase = LOSS
             return out
 
@@ -241,11 +256,11 @@ def _key(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _bytes_of_block(block: nn.Module, x: Tensor, seqs: Any) -> int:
+def _bytes_of_block(block: nn.Module, x: Tensor, others: tuple) -> int:
     recorder = Recorder(block.parameters())
     x = x.detach().requires_grad_()
     with recorder, saved_tensors_hooks(recorder.pack, lambda x: x):
-        out = block(x, seqs)
+        out = block(x, *others)
     del out
     return recorder.saved.peak.total()
 

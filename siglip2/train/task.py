@@ -6,12 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..locca import LocCaLoss
+from ..locca.packing import PackedTexts
 from ..losses import SigLipLoss
-from ..models.inputs import HF_KEYS, batch_size
-from ..models.siglip2 import Siglip2
+from ..models.inputs import HF_KEYS, batch_size, token_counts
+from ..models.siglip2 import Siglip2, normalize
+from ..models.vision import VisionOutput
 
 IMAGE_IDS = ("image_ids", "image_ignore_ids")
 TEXT_IDS = ("text_ids", "text_ignore_ids")
+TASK_TEXTS = ("task_texts", "task_totals")
 
 Losses = dict[str, Tensor]
 
@@ -23,7 +27,6 @@ class Cached(NamedTuple):
     """
 
     loss: Tensor  # () this part's share of the value
-    weight: float  # this part's share of the batch; scales losses that are means over images
     dimg: Tensor  # (b, D) d(loss)/d(embeddings of this part)
     dtxt: Tensor  # (m, D)
     dlog_scale: Tensor | None  # ()
@@ -43,32 +46,65 @@ class Siglip2Task(nn.Module):
     The text tower runs first: its embeddings cross ranks while the image tower computes, and their
     gradients come back while the image tower's backward does.
 
+    With `locca`, a batch brings "task_texts" (`siglip2.locca.TextDraws`), and the decoder reads the
+    tokens of the pass whose pooled embeddings the sigmoid loss takes. Its loss is this rank's mean;
+    ranks average their gradients.
+
     With `cached`, `batch` is one part of a batch whose contrastive loss is known already
     (see `siglip2.train.accumulate`).
 
-    Raises ValueError for a batch of neither form.
+    Args:
+        locca_weight: Of the decoder's loss beside the sigmoid loss (SigLIP 2, section 2.2: equal).
+
+    Raises ValueError for a batch of neither form, or without the texts that a decoder needs.
     """
 
-    def __init__(self, model: Siglip2, *, loss: SigLipLoss | None = None):
+    def __init__(
+        self,
+        model: Siglip2,
+        *,
+        loss: SigLipLoss | None = None,
+        locca: LocCaLoss | None = None,
+        locca_weight: float = 1.0,
+    ):
         super().__init__()
         self.model = model
         self.sigmoid = loss or SigLipLoss(normalize=True)
+        self.locca, self.locca_weight = locca, locca_weight
 
     def forward(
         self, batch: Mapping[str, Any], *, cached: Cached | None = None
     ) -> tuple[Losses, dict[str, Tensor]]:
         batch = normalize_batch(batch)
         if cached is not None:
-            return {"loss": self._known(batch, cached)}, self.report()
-        sigmoid = self.contrast(batch, self.embed_text(batch), self.embed_images)
-        return {"loss": sigmoid, "sigmoid_loss": sigmoid.detach()}, self.report()
+            vision = self.model.forward_vision(batch["image"])
+            total, losses = self._known(batch, vision, cached), {}
+        else:
+            seen: list[VisionOutput] = []
+
+            def embed_images(batch: Mapping[str, Any]) -> Tensor:
+                seen.append(self.model.forward_vision(batch["image"]))
+                return self.pooled(seen[0])
+
+            total = self.contrast(batch, self.embed_text(batch), embed_images)
+            [vision], losses = seen, {"sigmoid_loss": total.detach()}
+        report = self.report()
+        if self.locca is not None:
+            said = self.locca(vision.tokens, self._texts(batch))
+            losses["locca_loss"] = said.loss.detach()
+            report["token_accuracy"] = said.token_accuracy
+            total = total + self.locca_weight * said.loss
+        return {"loss": total, **losses}, report
 
     def embed_text(self, batch: Mapping[str, Any]) -> Tensor:  # (M, D)
         """What the loss takes: as the tower leaves them when the loss normalises by itself."""
         return self.model.encode_text(batch["text"], normalize=not self.sigmoid.normalize)
 
     def embed_images(self, batch: Mapping[str, Any]) -> Tensor:  # (B, D)
-        return self.model.encode_image(batch["image"], normalize=not self.sigmoid.normalize)
+        return self.pooled(self.model.forward_vision(batch["image"]))
+
+    def pooled(self, vision: VisionOutput) -> Tensor:  # (B, D)
+        return vision.pooled if self.sigmoid.normalize else normalize(vision.pooled)
 
     def contrast(
         self,
@@ -91,11 +127,24 @@ class Siglip2Task(nn.Module):
         model = self.model
         return {"logit_scale": model.log_scale.detach().exp(), "logit_bias": model.bias.detach()}
 
-    def _known(self, batch: Mapping[str, Any], cached: Cached) -> Tensor:
+    def _texts(self, batch: Mapping[str, Any]) -> PackedTexts:
+        if "task_texts" not in batch:
+            raise ValueError(
+                "need a batch with 'task_texts' for the captioning decoder: lists of"
+                f" siglip2.locca.TaskText, one an image; got {sorted(batch)}"
+            )
+        return self.locca.pack_tokens(
+            batch["task_texts"],
+            token_counts(batch["image"], self.model.architecture.vision),
+            totals=batch.get("task_totals"),
+            device=self.model.device,
+        )
+
+    def _known(self, batch: Mapping[str, Any], vision: VisionOutput, cached: Cached) -> Tensor:
         """`cached.loss`, with the gradients that the whole batch gave this part's embeddings."""
         pairs = [
             (self.embed_text(batch), cached.dtxt),
-            (self.embed_images(batch), cached.dimg),
+            (self.pooled(vision), cached.dimg),
             (self.model.log_scale, cached.dlog_scale),
             (self.model.bias, cached.dbias),
         ]
@@ -115,8 +164,8 @@ def normalize_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if "pixel_values" in batch and "input_ids" in batch:
         naflex = all(key in batch for key in HF_KEYS)
         image = {key: batch[key] for key in HF_KEYS} if naflex else batch["pixel_values"]
-        ids = {key: batch[key] for key in IMAGE_IDS + TEXT_IDS if key in batch}
-        return {"image": image, "text": batch["input_ids"], **ids}
+        more = {key: batch[key] for key in IMAGE_IDS + TEXT_IDS + TASK_TEXTS if key in batch}
+        return {"image": image, "text": batch["input_ids"], **more}
     raise ValueError(
         "need a batch with 'image' and 'text', or 'pixel_values' and 'input_ids';"
         f" got {sorted(batch)}"

@@ -27,6 +27,7 @@ from .parallel import (
     on_every_rank,
     rank,
     unwrapped,
+    whole_decoder,
     whole_model,
     world_size,
     wrap,
@@ -77,8 +78,14 @@ class Run:
             keep_groups=config.data.keep_groups,
             random_shift=config.data.random_shift,
             budgets=setup.build_budgets(config, world_size=world_size()),
+            write_texts=setup.build_text_draws(config, self.tokenizer),
         )
-        self.task = wrap(setup.build_task(model, config.dist), config.dist.strategy)
+        task = setup.build_task(model, config)
+        if task.locca is not None:
+            task.locca.decoder.grad_checkpointing = config.model.grad_checkpointing
+            if config.train.compile:
+                task.locca.decoder.compile()
+        self.task = wrap(task, config.dist.strategy)
         self.step = TrainStep(
             self.task,
             adamw(self.task, config.optim),
@@ -145,11 +152,11 @@ def train(config: Config) -> Path:
             _banner(run)
         loop(run)
         run.save()
-        model = whole_model(run.task)
+        model, decoder = whole_model(run.task), whole_decoder(run.task)
         if dist.is_initialized():  # nobody waits while rank 0 evaluates
             dist.destroy_process_group()
     if model is not None:
-        finish(run, model)
+        finish(run, model, decoder)
     return run.dir
 
 
@@ -249,7 +256,7 @@ def _banner(run: Run) -> None:
     from siglip2_kernels.report import report
 
     config, device = run.config, run.device
-    params = sum(p.numel() for p in run.model.parameters())
+    params = sum(p.numel() for p in run.task.parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
         f"{config.model.name}: {params / 1e6:.1f} M parameters,"

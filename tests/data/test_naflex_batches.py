@@ -121,7 +121,7 @@ def test_a_canvas_holds_the_picture_unscaled_on_white():
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (8, 6, 3), dtype=np.uint8))
     ratios = []
     for seed in range(200):
-        canvas = on_canvas(pixels, 3.0, np.random.default_rng(seed))
+        canvas, place = on_canvas(pixels, 3.0, np.random.default_rng(seed))
         H, W, _ = canvas.shape
         ratios.append(W / H)
         spots = [
@@ -132,6 +132,8 @@ def test_a_canvas_holds_the_picture_unscaled_on_white():
         ]
         assert spots
         y, x = spots[0]
+        assert (y, x) == (place.down * 8, pytest.approx(place.right * 6))
+        assert (place.height * 8, pytest.approx(place.width * 6)) == (H, W)
         canvas[y : y + 8, x : x + 6] = WHITE
         assert bool((canvas == WHITE).all())
         assert H == 8 or W == 6

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from siglip2.locca.loss import CaptionLoss, LocCaLoss
-from siglip2.locca.packing import BEGIN, pack_texts
+from siglip2.locca.packing import BEGIN, count_texts, draw_parallel, pack_texts
 from siglip2.locca.tasks import ImageTexts, TaskText
 from siglip2.models.decoder import Decoder, DecoderConfig, decoder_config
 from siglip2.models.presets import TowerSize, architecture
@@ -49,14 +49,9 @@ def random_texts(seed=0, vocab_size=31):
 
 
 def pack(decoder, texts, *, parallel_share=0.5, seed=0, lengths=LENGTHS, **options):
-    return pack_texts(
-        texts,
-        lengths,
-        mask_id=decoder.mask_id,
-        rng=np.random.default_rng(seed),
-        parallel_share=parallel_share,
-        **options,
-    )
+    rng = np.random.default_rng(seed)
+    texts = [draw_parallel(image, parallel_share, rng) for image in texts]
+    return pack_texts(texts, lengths, mask_id=decoder.mask_id, **options)
 
 
 def attend(q, k, v, allowed):
@@ -235,6 +230,19 @@ def test_an_image_without_box_counts_in_captioning_only():
     assert packed.texts.images.cu_seqlens.tolist()[1] > 4
     counts = [int((packed.texts.positions[packed.task == i] == 0).sum()) for i in range(3)]
     assert counts == [2, 1, 1]
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_parts_of_a_batch_sum_to_the_whole(per_token):
+    decoder, texts = make_decoder(), random_texts()
+    loss = LocCaLoss(decoder, per_token=per_token)
+    vision, totals = torch.randn(sum(LENGTHS), 20, dtype=torch.float64), count_texts(texts)
+    whole = loss(vision, loss.pack_tokens(texts, LENGTHS)).loss
+    parts = 0.0
+    for i, tokens in enumerate(vision.split(LENGTHS)):
+        packed = loss.pack_tokens([texts[i]], [LENGTHS[i]], totals=totals)
+        parts += loss(tokens, packed).loss
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
 
 
 def test_wrong_input_is_one_clear_error():

@@ -48,7 +48,7 @@ def make_real_step(config):
     vocab_size = architecture(config.model.name).text.vocab_size
     model = setup.build_model(config, vocab_size, torch.device("cpu"))
     model.set_grad_checkpointing(config.model.grad_checkpointing)
-    task = parallel.wrap(setup.build_task(model, config.dist), config.dist.strategy)
+    task = parallel.wrap(setup.build_task(model, config), config.dist.strategy)
     optimizer = adamw(task, config.optim)
     return TrainStep(task, optimizer, accum_steps=config.train.accum_steps)
 
