@@ -137,10 +137,11 @@ def _label(region: dict[str, Any]) -> str:
     x0, y0, x1, _ = region["box"]
     across = f"left:{100 * x0:.2f}%" if x0 + x1 < 1 else f"right:{100 - 100 * x1:.2f}%"
     kind = "right" if region["right"] else "wrong"
+    none = " (no box)" if region["found"] is None else ""
     return (
         f'<span class="{kind}" style="{across};top:{100 * y0:.2f}%"'
         f' title="{escape(_verdict(region))}">{MARKS[region["right"]]}'
-        f' <bdi lang="{escape(region["language"])}">{escape(region["phrase"])}</bdi></span>'
+        f' <bdi lang="{escape(region["language"])}">{escape(region["phrase"])}</bdi>{none}</span>'
     )
 
 
@@ -167,8 +168,8 @@ def comparison(
 ) -> str:
     """Mean recalls of two runs on the sources that both were evaluated on, in percent."""
     directions = (("image to caption", "i2t_r1"), ("caption to image", "t2i_r1"))
-    heads = ["set", "images"]
-    heads += [f"{way}: {escape(name)}" for way, _ in directions for name in (*names, "difference")]
+    heads = "".join(f"<th scope='col'>{escape(name)}</th>" for name in (*names, "difference"))
+    ways = "".join(f'<th scope="colgroup" colspan="3">{way}</th>' for way, _ in directions)
     rows = []
     for source, subset in ((s, x) for s in sources for x in sources[s]):
         mine, other = sources[source][subset], others.get(source, {}).get(subset)
@@ -182,9 +183,9 @@ def comparison(
             cells += [*(f"{value:.1f}" for value in values), f"{values[0] - values[1]:+.1f}"]
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
         rows.append(f"<tr><td>{escape(where)}</td>{numbers}</tr>")
-    heads_html = "".join(f'<th scope="col">{head}</th>' for head in heads)
     return (
         "<p>Recall at 1 in percent, the mean over languages, of two runs on the same sets.</p>"
-        f'<div class="scroll"><table><thead><tr>{heads_html}</tr></thead>'
+        '<div class="scroll"><table><thead><tr><th scope="col" rowspan="2">set</th>'
+        f'<th scope="col" rowspan="2">images</th>{ways}</tr><tr>{heads * 2}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -75,7 +75,8 @@ padding:6%;border:2px solid var(--line)}
 font-size:.9rem}
 .named dt{color:var(--soft)}.named dd{margin:0;overflow-wrap:anywhere}
 .named dd span{color:var(--ink)}.named dd .also{color:var(--soft);font-size:.84rem}
-.boxed{position:relative;max-width:420px}.boxed img{display:block;width:100%;height:auto}
+.boxed{position:relative;max-width:420px}.boxed img{display:block;width:100%;height:auto;
+outline:1px solid var(--line)}
 .boxed span{position:absolute;max-width:100%;padding:0 5px;font-size:.8rem;font-weight:600;
 overflow:hidden;text-overflow:ellipsis;white-space:nowrap;background:var(--card);
 border-radius:0 0 5px 0}

@@ -140,6 +140,7 @@ def test_right_and_wrong_are_told_and_counted(run_dir, report):
     assert [x["right"] for x in regions] == right
     assert f"{sum(right)} of these {len(regions)} boxes are right" in words
     assert "true box, whole line" in words
+    assert words.count("(no box)") == sum(x["found"] is None for x in regions) > 0
     marks = [a["class"] for tag, a in Page(report).tags if tag == "span" and "left:" in str(a)]
     marks += [a["class"] for tag, a in Page(report).tags if tag == "span" and "right:" in str(a)]
     assert sorted(marks) == sorted("right" if x else "wrong" for x in right)
@@ -239,7 +240,9 @@ def test_both_runs_recalls_are_shown(run_dir, tmp_path, capsys):
     row = text.split('id="compared"')[1].split("<tbody>")[1].split("</tbody>")[0]
     cells = [word for word in Page(row).words if word]
     assert cells == ["Quickstart", "7", "25.0", "30.0", "-5.0", "25.0", "25.0", "+0.0"]
-    assert "image to caption: without" in "".join(Page(text).words)
+    head = text.split('id="compared"')[1].split("<thead>")[1].split("</thead>")[0]
+    names = [run_dir.name, "without", "difference"]
+    assert Page(head).words == ["set", "images", "image to caption", "caption to image", *names * 2]
 
 
 def test_runs_of_other_sets_are_not_compared(run_dir, tmp_path, capsys):
