@@ -174,15 +174,14 @@ def _named(batch: Batch, weights: tuple[Tensor, ...]) -> dict[str, Tensor]:
 def siglip2(*, compiled: bool = False) -> Callable[..., Tensor]:
     """`LocCaLoss` as it is."""
 
-    def loss(state: Mapping[str, Tensor], config: DecoderConfig, vision, packed) -> Tensor:
-        return functional_call(_loss(config), state, (vision, packed)).loss
+    def loss(module: LocCaLoss, state: Mapping[str, Tensor], vision, packed) -> Tensor:
+        return functional_call(module, state, (vision, packed)).loss
 
     loss = torch.compile(loss) if compiled else loss
 
     def run(vision: Tensor, batch: Batch, *weights: Tensor) -> Tensor:
-        _loss(batch.config)  # made outside of any graph
         state = {f"decoder.{name}": w for name, w in _named(batch, weights).items()}
-        return loss(state, batch.config, vision, batch.packed)
+        return loss(_loss(batch.config), state, vision, batch.packed)
 
     return run
 
