@@ -143,6 +143,10 @@ class PrototypeLoss(nn.Module):
         )
 
 
+def _ones(z: Tensor) -> Tensor:  # (T, D) -> (T,) at least float32
+    return z.new_ones(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
+
+
 class SelfDistillationLoss(PrototypeLoss):
     """Local views of an image say what its teacher says of the global view (SILC).
 
@@ -164,9 +168,8 @@ class SelfDistillationLoss(PrototypeLoss):
         if (T % B if B else T) != 0:
             raise ValueError(f"need as many views of each image; got {T} views of {B} images")
         views = T // B if B else 0
-        device = student.z.device
-        index = torch.arange(B, device=device).repeat_interleave(views, output_size=T)
-        weight = torch.full((T,), 1 / max(views, 1), device=device)
+        index = torch.arange(B, device=student.z.device).repeat_interleave(views, output_size=T)
+        weight = _ones(student.z) / max(views, 1)
         total = max(B, 1) if num_images is None else num_images
         return self._cross_entropy(student, teacher, index, weight / total)
 
@@ -198,6 +201,6 @@ class MaskedPredictionLoss(PrototypeLoss):
                 f"{of_weight}"
             )
         if weight is None:
-            weight = torch.ones(S, device=student.z.device)
+            weight = _ones(student.z)
         total = weight.sum() if num_images is None else num_images
         return self._cross_entropy(student, teacher, None, weight / total)
