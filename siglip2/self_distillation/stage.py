@@ -138,7 +138,7 @@ class SslStage(nn.Module):
 
     def finish_update(self) -> None:
         """What `update_teacher` does besides `pairs`, for those who update these themselves."""
-        for loss in self._losses():
+        for loss in self.losses():
             loss.update_centre()
         # No backward comes to free what FSDP2 gathered for a teacher's forward: without this the
         # next one would see the old weights.
@@ -148,10 +148,10 @@ class SslStage(nn.Module):
 
     def skip_update(self) -> None:
         """In place of `update_teacher`, after a step whose gradients were dropped."""
-        for loss in self._losses():
+        for loss in self.losses():
             loss.forget()
 
-    def _losses(self) -> list[SelfDistillationLoss | MaskedPredictionLoss]:
+    def losses(self) -> list[SelfDistillationLoss | MaskedPredictionLoss]:
         return [loss for loss in (self.distillation, self.masked) if loss is not None]
 
     def _head(self, name: str) -> TaughtHead:
