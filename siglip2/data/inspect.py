@@ -22,6 +22,7 @@ class Summary:
     subsets: dict[str, int]
     languages: dict[str, int]  # captions in each, most frequent first
     caption_chars: tuple[int, int, int]  # least, median, most
+    regions: tuple[int, int]  # in all, examples that have some
     image_px: tuple[
         tuple[int, int], ...
     ]  # (width, height) of the smallest, median, largest picture
@@ -29,8 +30,6 @@ class Summary:
 
     def __str__(self) -> str:
         languages = list(self.languages.items())
-        least, median, most = self.caption_chars
-        read = self.good + sum(self.bad.values())
         least, median, most = self.caption_chars
         read = self.good + sum(self.bad.values())
         shown = ", ".join(f"{tag} {n}" for tag, n in languages[:20])
@@ -46,6 +45,7 @@ class Summary:
                 f"subsets    {subsets}",
                 f"languages  {len(languages)}: {shown}{more}",
                 f"captions   {least} to {most} characters, median {median}",
+                f"regions    {self.regions[0]} on {self.regions[1]} images",
                 "images     "
                 + ", ".join(f"{w}x{h}" for w, h in self.image_px)
                 + " (least, median, most)",
@@ -67,6 +67,7 @@ def inspect(spec: str, config: DataConfig | None = None, *, limit: int | None = 
     groups: set[str] = set()
     chars: list[int] = []
     sizes: list[tuple[int, int]] = []
+    regions: list[int] = []
     read = 0
     complete = True
     for item in iterate(source):
@@ -83,6 +84,7 @@ def inspect(spec: str, config: DataConfig | None = None, *, limit: int | None = 
             continue
         sizes.append(image.size)
         groups.add(item.group)
+        regions.append(len(item.regions))
         subsets[item.subset] += 1
         languages.update(base_language(tag) for tag in item.captions)
         chars += [len(text) for text in item.captions.values()]
@@ -98,6 +100,7 @@ def inspect(spec: str, config: DataConfig | None = None, *, limit: int | None = 
         caption_chars=(min(chars), round(statistics.median(chars)), max(chars))
         if chars
         else (0, 0, 0),
+        regions=(sum(regions), sum(map(bool, regions))),
         image_px=(sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else (),
         bad=dict(bad.most_common()),
     )

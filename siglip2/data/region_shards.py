@@ -41,6 +41,10 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(getattr(self, x.name) + getattr(other, x.name) for x in fields(self)))
 
+    def as_json(self) -> dict[str, Any]:
+        values = ((x.name, getattr(self, x.name)) for x in fields(self))
+        return {k: dict(v.most_common()) if isinstance(v, Counter) else v for k, v in values}
+
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "Counts":
         return cls(**{k: Counter(v) if isinstance(v, dict) else v for k, v in content.items()})
@@ -57,11 +61,11 @@ class Report:
         """One line."""
         counts = self.counts
         skipped = ", ".join(f"{reason} {n}" for reason, n in counts.skipped.most_common())
-        before = f", {self.done_before} of them before" if self.done_before else ""
+        before = f" ({self.done_before} made before)" if self.done_before else ""
         return (
-            f"{self.folder}: {counts.boxes} boxes of {counts.asked['boxes found']} found on"
-            f" {counts.examples} images, {counts.without_boxes} of them without; skipped"
-            f" {skipped or 'none'}; {self.shards} shards{before}; counts in {COUNTS}"
+            f"{self.folder}: images {counts.examples} ({counts.without_boxes} without boxes), boxes"
+            f" {counts.boxes} of {counts.asked['boxes found']} found, skipped {skipped or 'none'},"
+            f" shards {self.shards}{before}; counts in {COUNTS}"
         )
 
 
@@ -119,7 +123,7 @@ def write_region_shards(
                 total += Counts.read(json.loads(path.with_suffix(".json").read_text("utf-8")))
     report = Report(folder, total, made + done, done)
     top = dict(total.phrases.most_common(_TOP))
-    content = {**identity, "shards": report.shards, **asdict(total), "phrases": top}
+    content = {**identity, "shards": report.shards, **total.as_json(), "phrases": top}
     _write_json(folder / COUNTS, content)
     return report
 
@@ -187,7 +191,7 @@ def _write_shard(
                 written, without, boxes = written + 1, without + (not found), boxes + len(found)
                 phrases.update(phrase for f in found for phrase in set(f.phrases.values()))
         counts = Counts(written, without, boxes, asked, skipped, phrases)
-        _write_json(path.with_suffix(".json"), asdict(counts))
+        _write_json(path.with_suffix(".json"), counts.as_json())
         os.replace(beside, path)  # last: a shard that is there is whole, and so are its counts
     finally:
         beside.unlink(missing_ok=True)

@@ -134,16 +134,15 @@ def test_sizes_come_from_the_header_where_the_file_says_none(tmp_path):
 def test_missing_images_and_unknown_categories_are_skipped_and_counted(tmp_path):
     write_pictures(tmp_path, [0, 1, 2])
     annotations = [boxed(i, [0, 0, 4, 4], 99 if i == 1 else 1) for i in (0, 1, 3)]
-    annotations.append(boxed(2, [0, 0, 9.5, 4]))
+    annotations += [boxed(2, [0, 0, 9.5, 4]), boxed(0, [0, 0, 8, 8])]
     path = write_coco(tmp_path / "a.json", [image(i) for i in range(4)], annotations)
     _, unknown, _, missing = read(path)
     assert str(unknown) == "unknown category: 1.png#1, region 0: category_id 99"
     assert str(missing) == "missing image file: 3.png#3"
-    assert inspect(str(path)).bad == {
-        "unknown category": 1,
-        "bad box": 1,
-        "missing image file": 1,
-    }
+    found = inspect(str(path))
+    assert found.bad == {"unknown category": 1, "bad box": 1, "missing image file": 1}
+    assert found.regions == (2, 1)
+    assert "regions    2 on 1 images" in str(found)
     loader = TrainLoader(open_source(str(path)), FixedTransform(8), TOKENIZER, batch_size=2)
     next(loader)
     assert {"unknown category", "bad box", "missing image file"} >= set(loader.report()) != set()
