@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = _plan(args)
         if args.wheels is not None:
-            wheels.install(args.wheels, Path(tempfile.mkdtemp(prefix="siglip2-wheels-")))
+            wheels.install(args.wheels, Path(tempfile.mkdtemp(prefix="siglip2-")) / "site")
     except Siglip2Error as error:
         print(f"make gpu: error: {error}", file=sys.stderr)
         return 2

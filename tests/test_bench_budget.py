@@ -1,5 +1,6 @@
 """Benches within their time, and what `make gpu` runs beside them."""
 
+import lzma
 import subprocess
 import sys
 import time
@@ -147,10 +148,17 @@ def make_wheel(folder, name="thing_of_tests", version="1.2"):
     return folder
 
 
-def test_wheels_are_importable_here_and_in_child_processes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_wheels_are_importable_here_and_in_child_processes(tmp_path, monkeypatch, is_compressed):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("PYTHONPATH", "/before")
-    wheels.install(make_wheel(tmp_path / "wheels"), tmp_path / "target")
+    monkeypatch.delitem(sys.modules, "thing_of_tests", raising=False)
+    folder = make_wheel(tmp_path / "wheels")
+    if is_compressed:
+        (path,) = folder.iterdir()
+        path.with_name(path.name + ".xz").write_bytes(lzma.compress(path.read_bytes()))
+        path.unlink()
+    wheels.install(folder, tmp_path / "target")
     import thing_of_tests
 
     assert thing_of_tests.ANSWER == 42
