@@ -4,10 +4,12 @@ import torch
 
 from ._core.backend import Choice, explain
 from .bias_gelu import op as bias_gelu
+from .fused_adamw import op as fused_adamw
 from .linear_cross_entropy import op as linear_cross_entropy
 from .map_pool import op as map_pool
 from .patch_embed import op as patch_embed
 from .posemb_resample import op as posemb_resample
+from .prototype_cross_entropy import op as prototype_cross_entropy
 from .sigmoid_loss import op as sigmoid_loss
 from .varlen_attention import op as varlen_attention
 
@@ -15,11 +17,13 @@ from .varlen_attention import op as varlen_attention
 _OPS = {
     "sigmoid_loss": sigmoid_loss,
     "linear_cross_entropy": linear_cross_entropy,
+    "prototype_cross_entropy": prototype_cross_entropy,
     "varlen_attention": varlen_attention,
     "map_pool": map_pool,
     "posemb_resample": posemb_resample,
     "patch_embed": patch_embed,
     "bias_gelu": bias_gelu,
+    "fused_adamw": fused_adamw,
 }
 
 
