@@ -80,6 +80,7 @@ def boxes(args: argparse.Namespace) -> str:
         detect,
         options,
         detector=args.detector if args.prompt == "{}" else f"{args.detector} ({args.prompt})",
+        source_name=args.source,
         examples_per_shard=args.examples_per_shard,
         part=part,
     )

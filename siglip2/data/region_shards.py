@@ -75,7 +75,8 @@ def write_region_shards(
     detect: Detect,
     options: BoxOptions,
     *,
-    detector: str,  # its name: part of what a resumed run must have in common
+    detector: str,  # its name; like the source's, what a resumed run must have in common
+    source_name: str | None = None,  # None: the source's own
     examples_per_shard: int = 1000,
     part: tuple[int, int] = (0, 1),
 ) -> Report:
@@ -101,7 +102,7 @@ def write_region_shards(
     folder.mkdir(parents=True, exist_ok=True)
     known = None if isinstance(source, ShardSource) else len(source)
     identity = {
-        "source": source.name,
+        "source": source_name or source.name,
         "source_examples": known,
         "examples_per_shard": examples_per_shard,
         "detector": detector,

@@ -139,6 +139,11 @@ def test_other_options_do_not_go_on_with_a_folder(painted, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "holds boxes made otherwise: most_words 10 -> 2; threshold 0.3 -> 0.5" in error
     assert len(error.strip().splitlines()) == 1
+    other = tmp_path / "other"
+    painted.rename(other)
+    assert main([*argv[:2], str(other), *argv[3:]]) == 1
+    assert f"holds boxes made otherwise: source {painted} -> {other}" in capsys.readouterr().err
+    other.rename(painted)
     (tmp_path / "out" / "boxes.json").unlink()
     assert main(argv) == 1
     assert "holds tars but no boxes.json: name another folder" in capsys.readouterr().err

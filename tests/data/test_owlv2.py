@@ -1,6 +1,7 @@
 """OWLv2 as a detector: a tiny one with random weights says through it what it says by itself."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from siglip2.cli import main
 from siglip2.data.owlv2 import Owlv2
 from siglip2.data.sources import iterate, open_source
-from siglip2.errors import CheckpointError, ConfigError
+from siglip2.errors import CheckpointError, ConfigError, MissingDependencyError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("scipy")
@@ -133,6 +134,15 @@ def test_a_folder_without_owlv2_is_named(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "owlvit"}))
     with pytest.raises(CheckpointError, match="it is a model of the type 'owlvit'"):
         Owlv2(tmp_path)
+
+
+def test_missing_packages_are_named(folder, monkeypatch):
+    monkeypatch.setattr(transformers.utils, "is_torchvision_available", lambda: False)
+    for package in ("scipy", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
+        message = rf"needs the package '{package}': pip install 'siglip2\[boxes\]'"
+        with pytest.raises(MissingDependencyError, match=message):
+            Owlv2(folder)
 
 
 def test_the_command_runs_it(folder, image, tmp_path, capsys):
