@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from siglip2.config import DataConfig
 from siglip2.data.detect import BoxOptions, Detect
@@ -114,10 +115,8 @@ def load_detector(
     module, colon, name = spec.partition(":")
     if not colon or not name or os.sep in module:
         raise ConfigError(f"--detector: {_DETECTOR}; got {spec!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        detect = getattr(importlib.import_module(module), name)
+        detect = getattr(_import(module), name)
     except ModuleNotFoundError as error:
         raise ConfigError(f"--detector: {_DETECTOR}; {spec!r}: {error}") from None
     except AttributeError:
@@ -125,6 +124,25 @@ def load_detector(
     if not callable(detect):
         raise ConfigError(f"--detector: {_DETECTOR}; {spec!r} cannot be called")
     return detect
+
+
+def _import(module: str) -> ModuleType:
+    """From what is installed, else from the current folder.
+
+    That one is on the path for this import alone: in a checkout of this project it has a folder
+    `kernels`, which transformers would take for Hugging Face's package.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(here)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -166,6 +166,18 @@ def test_categories_are_asked_of_every_image(painted, tmp_path, capsys):
     assert "need a text file with a category a line" in capsys.readouterr().err
 
 
+def test_a_detector_of_the_current_folder_leaves_the_path_as_it_was(
+    painted, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "my_detector_here.py").write_text("def detect(image, phrases):\n    return []\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    argv = ["data", "boxes", "painted", "out", "--detector", "my_detector_here:detect"]
+    assert main(argv) == 0
+    assert "images 6 (6 without boxes), boxes 0 of 0 found" in capsys.readouterr().out
+    assert sys.path == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
