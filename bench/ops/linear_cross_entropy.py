@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,16 @@ def liger(
     return run
 
 
+def liger_hopper() -> Callable[..., Tensor]:
+    """Its product with the softmax inside, and a backward in waves of 1024 tokens."""
+    if find_spec("cutlass") is None:
+        raise NotImplementedError("needs the package nvidia-cutlass-dsl")
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    fused = LigerFusedLinearScaledCrossEntropyFunction.apply
+    return lambda x, weight, target: fused(x, weight, target).sum() / x.shape[0]
+
+
 def cut_cross_entropy(**options: None) -> Callable[..., Tensor]:
     from cut_cross_entropy import linear_cross_entropy as cce
 
@@ -113,8 +124,8 @@ def ours(
     )
 
 
-# Both add up the weight's gradient in bfloat16, CCE leaves small terms out as well: as they are
-# used, and timed so.
+# Liger and CCE add up the weight's gradient in bfloat16 unless asked otherwise, and CCE leaves
+# small terms out: as they are used, and timed so.
 _LIGER = {"module": "liger_kernel", "pip": "liger-kernel", "needs_cuda": True}
 _CCE = {"module": "cut_cross_entropy", "pip": "cut-cross-entropy", "needs_cuda": True}
 _CCE |= {"max_error": APPROXIMATE}
@@ -152,6 +163,7 @@ CASE = Case(
         "siglip2-chunked": ours("chunked"),
         "quack": Rival(build=quack, **_QUACK),
         "quack-8192": Rival(build=partial(quack, chunk_size=2 * CHUNK_TOKENS), **_QUACK),
+        "liger-hopper": Rival(build=liger_hopper, max_error=APPROXIMATE, **_LIGER),
         "liger": Rival(build=liger, max_error=APPROXIMATE, **_LIGER),
         "liger-fp32-4096": Rival(
             build=partial(liger, CHUNK_TOKENS, torch.float32),
