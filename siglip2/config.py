@@ -75,6 +75,7 @@ class LocCaConfig:
     parallel_share: float = 0.5  # captions whose tokens are guessed all at once
     per_token: bool = False  # tokens of a task count alike; published: texts do
     tied_head: bool = False  # not published
+    max_coordinate: int = 500  # boxes are whole numbers up to this; LocCa: "up to 500"
 
 
 @dataclass(frozen=True, kw_only=True)

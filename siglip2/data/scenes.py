@@ -1,9 +1,16 @@
 """Scenes made of the quick start's drawings: boxes known exactly, captions that say what is where.
 
-A scene is a function of (seed, number) and is drawn when it is asked for: nothing is stored.
+A scene is a function of (seed, number) and is drawn when it is asked for; stored is its vocabulary
+alone, of which every number is one token.
 """
 
+import hashlib
 import io
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +37,16 @@ _WORDS = {
     "tr": ("sol", "sağ", "üst", "alt", "orta"),
     "zh": ("左", "右", "上", "下", "中"),
 }
-_SIDES = (0.3, 0.5)  # of a drawing, as shares of the canvas
+LANGUAGES = ("de", "en", "es", "fr", "ja", "zh")
+VOCAB_SIZE = 4096
+# What surrounds captions, names and boxes where a decoder is asked for them (siglip2.locca.tasks).
+TASK_WORDS, MAX_COORDINATE = ("cap:", "aref:", "gcap:"), 500
+_SIDES = (0.2, 0.5)  # of a drawing, as shares of the canvas
 _TRIES = 50  # to place a drawing beside the others
 _TRAIN, _HELD_OUT = range(2)  # streams of scenes: the same concepts in other places
-WHITE = 255
+# Pictures keep their white; on a canvas as white the positions of its empty patches would be a
+# tenth of what their pixels are, and no box was learned in 2,400 steps.
+CANVAS, WHITE = 128, 255
 
 
 class Drawing(NamedTuple):
@@ -53,6 +66,7 @@ class Scenes(IndexedSource):
 
     Args:
         concepts: Of how many groups: the first of the source.
+        languages: Of captions and names, of those of the quick start.
         held_out: Other scenes than in training, of the same concepts.
 
     Raises DataError: fewer than `most` concepts have names in the languages scenes speak.
@@ -62,23 +76,26 @@ class Scenes(IndexedSource):
         self,
         source: IndexedSource,
         *,
-        count: int = 20_000,
+        count: int = 1_000_000,
         concepts: int = 48,
         most: int = 3,
         canvas_px: int = 96,
+        languages: Sequence[str] = LANGUAGES,
         seed: int = 0,
         held_out: bool = False,
     ):
         super().__init__(f"scenes of {source.name}")
         self.tokenizer_path = source.tokenizer_path
+        self.languages = sorted(languages)
         self.count, self.most, self.canvas_px, self.seed = count, most, canvas_px, seed
         self._stream = _HELD_OUT if held_out else _TRAIN
-        self._drawings = _drawings(source, concepts)
+        self._drawings = _drawings(source, concepts, self.languages)
+        self._scaled = lru_cache(maxsize=10_000)(self._scale)  # of each drawing at each size
         self._groups = sorted(self._drawings)
         if len(self._groups) < most:
             raise DataError(
                 f"need at least {most} concepts to make scenes of; {source.name!r} has"
-                f" {len(self._groups)} with names in {', '.join(sorted(_WORDS))}"
+                f" {len(self._groups)} with names in {', '.join(self.languages)}"
             )
 
     def __len__(self) -> int:
@@ -89,11 +106,10 @@ class Scenes(IndexedSource):
         scene = self.scene(index)
         out = io.BytesIO()
         Image.fromarray(scene.pixels).save(out, "PNG", compress_level=1)
-        languages = set.intersection(*(set(region.phrases) for region in scene.regions))
         return Example(
             key=f"{'held-out' if self._stream else 'train'}-{index}",
             image=out.getvalue(),
-            captions={language: caption(scene.regions, language) for language in sorted(languages)},
+            captions={language: caption(scene.regions, language) for language in self.languages},
             group=f"scene-{self._stream}-{index}",
             regions=scene.regions,
         )
@@ -101,15 +117,17 @@ class Scenes(IndexedSource):
     def scene(self, index: int) -> Scene:
         """Scene `index` in pixels."""
         rng = np.random.default_rng([self.seed, self._stream, index])
-        canvas = np.full((self.canvas_px, self.canvas_px, 3), WHITE, dtype=np.uint8)
+        canvas = np.full((self.canvas_px, self.canvas_px, 3), CANVAS, dtype=np.uint8)
         placed: list[tuple[Region, str]] = []
         chosen = rng.choice(len(self._groups), int(rng.integers(1, self.most + 1)), replace=False)
         for group in (self._groups[i] for i in chosen):
             styles = self._drawings[group]
-            drawing = styles[int(rng.integers(len(styles)))]
+            style = int(rng.integers(len(styles)))
+            drawing = styles[style]
             box = self._place(rng, [region.box for region, _ in placed])
             if box is not None:
-                self._paste(canvas, drawing.pixels, box)
+                x0, y0, x1, y1 = (round(self.canvas_px * c) for c in box)
+                canvas[y0:y1, x0:x1] = self._scaled(group, style, x1 - x0)
                 placed.append((Region(drawing.names, box), group))
         placed.sort(key=lambda found: found[0].box)
         return Scene(canvas, *(tuple(column) for column in zip(*placed, strict=True)))
@@ -125,11 +143,37 @@ class Scenes(IndexedSource):
                 return box
         return None
 
-    def _paste(self, canvas: np.ndarray, pixels: np.ndarray, box: Box) -> None:
+    def _scale(self, group: str, style: int, side: int) -> np.ndarray:  # (side, side, 3) uint8
         Image = require("PIL.Image", "data")
-        x0, y0, x1, y1 = (round(self.canvas_px * c) for c in box)
-        drawing = Image.fromarray(pixels).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
-        canvas[y0:y1, x0:x1] = np.asarray(drawing)
+        drawing = Image.fromarray(self._drawings[group][style].pixels)
+        return np.asarray(drawing.resize((side, side), Image.Resampling.BILINEAR))
+
+    def texts(self) -> list[str]:
+        """All that is said of scenes, in words: names, places and the numbers of boxes."""
+        names = [
+            name for styles in self._drawings.values() for d in styles for name in d.names.values()
+        ]
+        places = [" ".join(_WORDS[language]) for language in self.languages]
+        return [*names, *places, *TASK_WORDS, *map(str, range(MAX_COORDINATE + 1)), ": ,"]
+
+
+def write_vocabulary(scenes: Scenes, folder: Path) -> Path:
+    """A tokenizer of what is said of `scenes`; made once, in a folder of its own in `folder`."""
+    from siglip2.data.train_tokenizer import train_tokenizer
+
+    texts = scenes.texts()
+    name = hashlib.blake2b("\n".join(texts).encode(), digest_size=6).hexdigest()
+    target = folder / f"scenes-{name}"
+    if not target.is_dir():
+        beside = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
+        train_tokenizer(texts, vocab_size=VOCAB_SIZE).save(beside)
+        beside.chmod(0o755)
+        try:
+            os.rename(beside, target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster
+                raise
+    return target / "tokenizer.json"
 
 
 def caption(regions: tuple[Region, ...], language: str) -> str:
@@ -154,15 +198,17 @@ def _apart(box: Box, other: Box) -> bool:
     return box[2] <= other[0] or other[2] <= box[0] or box[3] <= other[1] or other[3] <= box[1]
 
 
-def _drawings(source: IndexedSource, concepts: int) -> dict[str, list[Drawing]]:
-    """Drawings of each group, cut to what they show, with names in the scenes' languages."""
+def _drawings(
+    source: IndexedSource, concepts: int, languages: Sequence[str]
+) -> dict[str, list[Drawing]]:
+    """Drawings of each group, cut to what they show, with names in `languages`."""
     from siglip2.data.images import decode_image
 
     found: dict[str, list[Drawing]] = {}
     for index in range(len(source)):
         example = source[index]
-        names = {x: name for x, name in example.captions.items() if x in _WORDS}
-        if len(names) < len(_WORDS):
+        names = {x: name for x, name in example.captions.items() if x in languages}
+        if len(names) < len(languages):
             continue
         if example.group not in found and len(found) == concepts:
             continue

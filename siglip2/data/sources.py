@@ -84,13 +84,15 @@ def _open_quickstart(part: str, config: DataConfig) -> Source:
 
 
 def _open_scenes(part: str, config: DataConfig) -> Source:
-    from siglip2.data.scenes import Scenes
+    from siglip2.data.scenes import Scenes, write_vocabulary
 
     if part not in ("train", "heldout"):
         raise DataError(f"scenes are 'scenes:train' or 'scenes:heldout'; got 'scenes:{part}'")
     held_out = part == "heldout"
     drawings = _open_quickstart("train", config)
-    return Scenes(drawings, count=1_000 if held_out else 20_000, held_out=held_out)
+    scenes = Scenes(drawings, count=1_000 if held_out else 1_000_000, held_out=held_out)
+    scenes.tokenizer_path = write_vocabulary(scenes, drawings.tokenizer_path.parent)
+    return scenes
 
 
 def _open_tars(spec: str, config: DataConfig) -> Source:

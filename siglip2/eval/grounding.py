@@ -16,7 +16,7 @@ from siglip2.eval.localization import (
     box_iou,
 )
 from siglip2.locca.generate import generate
-from siglip2.locca.tasks import Task, box_to_text, prompts, text_to_box
+from siglip2.locca.tasks import MAX_COORDINATE, Task, box_to_text, prompts, text_to_box
 from siglip2.models.decoder import Decoder
 
 IS_FOUND = 0.5  # intersection over union at which a box counts as found
@@ -70,7 +70,9 @@ def ask_regions(
         some = questions[start : start + batch_size]
         seen = [parts[question.image] for question in some]
         phrases = [question.phrase for question in some]
-        boxes = [box_to_text(question.region.box) for question in some]
+        boxes = [
+            box_to_text(question.region.box, decoder.config.max_coordinate) for question in some
+        ]
         said_boxes = _answers("refer", phrases, decoder, tokenizer, seen)
         said_phrases = _answers("ground", boxes, decoder, tokenizer, seen)
         for question, said_box, said_phrase in zip(some, said_boxes, said_phrases, strict=True):
@@ -105,10 +107,10 @@ def _answers(
     return said
 
 
-def box_scores(asked: Sequence[Asked]) -> dict[str, Any]:
+def box_scores(asked: Sequence[Asked], max_coordinate: int = MAX_COORDINATE) -> dict[str, Any]:
     """Referring expressions: how often and how well boxes are found, beside one box for all."""
     true = torch.tensor([found.box for found in asked], dtype=torch.float64)
-    boxes = [text_to_box(found.said_box) for found in asked]
+    boxes = [text_to_box(found.said_box, max_coordinate) for found in asked]
     guessed = torch.tensor([box or (0.0,) * 4 for box in boxes], dtype=torch.float64)
     return {
         "num_regions": len(asked),

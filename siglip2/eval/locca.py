@@ -16,6 +16,7 @@ from siglip2.eval.embed import inference
 from siglip2.eval.grounding import Asked, ask_regions, box_scores, phrase_scores
 from siglip2.locca.commands import Speaker
 from siglip2.locca.files import CONFIG, load_decoder
+from siglip2.models.decoder import Decoder
 from siglip2.models.inputs import vision_inputs
 from siglip2.models.siglip2 import Siglip2
 
@@ -128,7 +129,7 @@ def evaluate_locca(
     return LocCaResult(
         len(keys),
         found,
-        box_scores(asked) if asked else {},
+        box_scores(asked, decoder.config.max_coordinate) if asked else {},
         phrase_scores(asked, tokenizer) if asked else {},
         _examples(keys, asked, seed),
     )
@@ -159,8 +160,12 @@ def find_speaker(
     return make_speaker(model, load_decoder(folder, device=model.device), tokenizer, transform)
 
 
-def make_speaker(model: Siglip2, decoder: Any, tokenizer: Any, transform: Any) -> Speaker:
-    """The text tower's tokenizer may be shorter than what the decoder says: it is lengthened."""
+def make_speaker(
+    model: Siglip2, decoder: Decoder | None, tokenizer: Any, transform: Any
+) -> Speaker | None:
+    """None without a decoder. A tokenizer shorter than what the decoder says is lengthened."""
+    if decoder is None:
+        return None
     longer = get_tokenizer(tokenizer, text_length=decoder.config.length, strict=False)
     return Speaker(model, decoder, longer, transform)
 

@@ -81,6 +81,7 @@ def collect_examples(
 ) -> LocCaExamples:
     """Pictures of the images that `evaluate_locca` drew, with captions; none without a speaker."""
     out = []
+    most = speaker.decoder.config.max_coordinate if speaker else 0
     for name, result in results.items() if speaker else ():
         wanted = {example["key"]: example["regions"] for example in result.examples}
         found = {x.key: x for x in _examples(sources[name], set(wanted))}
@@ -89,7 +90,7 @@ def collect_examples(
         said = answer(speaker, files, "caption", [""] * len(files), names=list(found))
         images, pictures = [], {}
         for (key, example), text in zip(found.items(), said, strict=True):
-            regions = [_judged(region) for region in wanted[key]]
+            regions = [_judged(region, most) for region in wanted[key]]
             caption = {"said": text, **_nearest(text, example.captions)}
             images.append({"key": key, "regions": regions, "caption": caption})
             boxes = [(region["box"], region["found"]) for region in regions]
@@ -111,8 +112,8 @@ def _examples(source: Any, keys: set[str]) -> Iterator[Any]:
                 return
 
 
-def _judged(region: Mapping[str, Any]) -> dict[str, Any]:
-    found = text_to_box(region["said_box"])
+def _judged(region: Mapping[str, Any], max_coordinate: int) -> dict[str, Any]:
+    found = text_to_box(region["said_box"], max_coordinate)
     boxes = (torch.tensor([box or (0.0,) * 4]).double() for box in (found, region["box"]))
     iou = float(box_iou(*boxes))
     return {**region, "found": found and list(found), "iou": iou, "right": iou >= IS_FOUND}

@@ -64,7 +64,7 @@ def locate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     picture, files = _read(args.image), [args.image]
     options = _draws(args, speaker.model.device)
     [text] = answer(speaker, [picture], "refer", [args.phrase], names=files, **options)
-    box = text_to_box(text)
+    box = text_to_box(text, speaker.decoder.config.max_coordinate)
     if box is None:
         raise DataError(
             f"{args.image}: need four numbers that are a box; the decoder said {text!r}."

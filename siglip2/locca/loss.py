@@ -48,10 +48,10 @@ class LocCaLoss(nn.Module):
 
         Raises ValueError for a box that is none, naming the image.
         """
-        texts = []
+        config, texts = self.decoder.config, []
         for number, image in enumerate(images):
             try:
-                said = task_texts(image, encoder, self.decoder.config.length)
+                said = task_texts(image, encoder, config.length, config.max_coordinate)
             except ValueError as error:
                 raise ValueError(f"image {number}: {error}") from None
             texts.append(draw_parallel(said, self.parallel_share, rng))

@@ -31,8 +31,8 @@ class PackedTexts(NamedTuple):
 class Totals(NamedTuple):
     """What the means of the loss divide by, for each task."""
 
-    texts: dict[Task, int]  # that have something to guess
-    tokens: dict[Task, int]  # that are guessed
+    texts: dict[Task, float]  # that have something to guess
+    tokens: dict[Task, float]  # that are guessed
 
 
 def count_texts(images: Sequence[Sequence[TaskText]]) -> Totals:
@@ -48,7 +48,7 @@ def count_texts(images: Sequence[Sequence[TaskText]]) -> Totals:
 def draw_parallel(
     texts: Sequence[TaskText], share: float, rng: np.random.Generator
 ) -> list[TaskText]:
-    """`share` of captions are guessed all at once, without a causal mask (SigLIP 2, section 2.2)."""
+    """`share` of captions is guessed all at once, without a causal mask (SigLIP 2, section 2.2)."""
     return [
         text._replace(is_parallel=bool(rng.random() < share)) if text.task == "caption" else text
         for text in texts
@@ -112,9 +112,9 @@ def pack_texts(
 
 def _shares(texts: Sequence[TaskText], totals: Totals, *, per_token: bool) -> list[float]:
     """Weight of a guessed token of each text, such that those of a task sum to 1."""
-    guessed = [len(text.ids) - text.prefix for text in texts]
-    if per_token:
-        return [
-            1 / totals.tokens[t.task] if n else 0.0 for t, n in zip(texts, guessed, strict=True)
-        ]
-    return [1 / totals.texts[t.task] / n if n else 0.0 for t, n in zip(texts, guessed, strict=True)]
+    shares = []
+    for text in texts:
+        n = len(text.ids) - text.prefix
+        total = totals.tokens[text.task] if per_token else totals.texts[text.task] * n
+        shares.append(1 / total if n else 0.0)
+    return shares

@@ -6,7 +6,7 @@
 
 Boxes are integers as plain text. The loss covers all that follows the first word, so either of
 box and phrase is learned in both. Box order and range are not published for SigLIP 2: "ymin xmin
-ymax xmax" from 0 to 500.
+ymax xmax" from 0 to 500 unless a decoder is made for other numbers.
 """
 
 import re
@@ -44,23 +44,23 @@ class ImageTexts(NamedTuple):
     box: Box | None = None  # of the phrase; without one of both only the caption counts
 
 
-def box_to_text(box: Box) -> str:
-    """ "ymin xmin ymax xmax", whole numbers from 0 to 500.
+def box_to_text(box: Box, max_coordinate: int = MAX_COORDINATE) -> str:
+    """ "ymin xmin ymax xmax", whole numbers from 0 to `max_coordinate`.
 
     Raises ValueError for a box that is empty, inverted, not finite or outside the image.
     """
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         raise ValueError(f"need a box (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1, y alike; got {box}")
-    return " ".join(str(round(MAX_COORDINATE * c)) for c in (y0, x0, y1, x1))
+    return " ".join(str(round(max_coordinate * c)) for c in (y0, x0, y1, x1))
 
 
-def text_to_box(text: str) -> Box | None:
+def text_to_box(text: str, max_coordinate: int = MAX_COORDINATE) -> Box | None:
     """The first four numbers of a text as a box; None where they are none."""
     numbers = [int(n) for n in re.findall(r"\d+", text)[:4]]
-    if len(numbers) < 4 or max(numbers) > MAX_COORDINATE:
+    if len(numbers) < 4 or max(numbers) > max_coordinate:
         return None
-    y0, x0, y1, x1 = (n / MAX_COORDINATE for n in numbers)
+    y0, x0, y1, x1 = (n / max_coordinate for n in numbers)
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
 
@@ -79,7 +79,9 @@ def _without_end(ids: list[int], encoder: Encoder) -> list[int]:
     return [i for i in ids if i != encoder.eos_id]
 
 
-def task_texts(image: ImageTexts, encoder: Encoder, length: int) -> list[TaskText]:
+def task_texts(
+    image: ImageTexts, encoder: Encoder, length: int, max_coordinate: int = MAX_COORDINATE
+) -> list[TaskText]:
     """An image's texts in tokens, at most `length` each; without phrase or box the caption alone.
 
     Raises ValueError for a box that is none.
@@ -88,7 +90,7 @@ def task_texts(image: ImageTexts, encoder: Encoder, length: int) -> list[TaskTex
     if image.caption is not None:
         said.append(("caption", image.caption))
     if image.phrase is not None and image.box is not None:
-        box = box_to_text(image.box)
+        box = box_to_text(image.box, max_coordinate)
         said.append(("refer", f"{image.phrase}{SEPARATOR}{box}"))
         said.append(("ground", f"{box}{SEPARATOR}{image.phrase}"))
     # Apart, so that where the prefix ends does not depend on what follows it.

@@ -29,6 +29,7 @@ class DecoderConfig:
     tied_head: bool = False  # not published; CapPa's head is its own
     biases: bool = False  # of the blocks; not published, CapPa has none
     head_bias: bool = True  # as CapPa
+    max_coordinate: int = 500  # boxes are whole numbers up to this; LocCa: "up to 500"
 
 
 def decoder_config(architecture: Architecture, **changes) -> DecoderConfig:

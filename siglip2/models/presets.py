@@ -51,6 +51,7 @@ _FIXED_QUICK = "siglip2-quickstart-patch8-32"
 _TINY = TowerSize(width=64, depth=2, mlp_width=128, num_heads=2)
 _QUICK = TowerSize(width=128, depth=3, mlp_width=256, num_heads=2)
 _QUICK_TEXT = TowerSize(width=64, depth=2, mlp_width=256, num_heads=1)
+_SCENES_TEXT = TowerSize(width=128, depth=2, mlp_width=256, num_heads=2)
 _B = TowerSize(width=768, depth=12, mlp_width=3072, num_heads=12)
 _L = TowerSize(width=1024, depth=24, mlp_width=4096, num_heads=16)
 _SO400M = TowerSize(width=1152, depth=27, mlp_width=4304, num_heads=16)
@@ -91,6 +92,10 @@ def _table() -> dict[str, Architecture]:
     table[_FIXED_QUICK] = replace(quick, text=replace(quick.text, vocab_size=8192))
     flexible = _pair(_QUICK, 8, 48, _QUICK_TEXT, is_naflex=True)
     table["siglip2-quickstart-patch8-naflex"] = replace(flexible, text=table[_FIXED_QUICK].text)
+    scenes = _pair(_QUICK, 12, 96, _SCENES_TEXT)
+    table["siglip2-quickstart-patch12-96"] = replace(
+        scenes, text=replace(scenes.text, vocab_size=4096)
+    )
     for name, is_naflex in (
         ("siglip2-tiny-patch8-32", False),
         ("siglip2-tiny-patch8-naflex", True),

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..locca.packing import count_texts
 from ..models.inputs import batch_size, take_images
 from .parallel import gradient_sync, unwrapped
-from .task import IMAGE_IDS, TEXT_IDS, Cached, Losses, Siglip2Task, normalize_batch
+from .task import IMAGE_IDS, TEXT_IDS, Cached, Losses, Siglip2Task, normalize_batch, task_totals
 
 
 def accumulate(
@@ -86,7 +85,7 @@ def _split(batch: Mapping[str, Any], num_parts: int) -> Iterator[Mapping[str, An
     else:
         of_texts = [i * (num_texts // num_images) for i in of_images]
     said = batch.get("task_texts")
-    totals = None if said is None else count_texts(said)
+    totals = None if said is None else task_totals(said, batch["text"].device)
     for (i, j), (k, m) in zip(pairwise(of_images), pairwise(of_texts), strict=True):
         yield {
             "image": take_images(batch["image"], i, j),

@@ -73,7 +73,12 @@ def _build_locca(model: Siglip2, locca: LocCaConfig) -> LocCaLoss | None:
     if not locca.weight:
         return None
     changes = {} if locca.depth is None else {"depth": locca.depth}
-    shape = decoder_config(model.architecture, length=locca.length, tied_head=locca.tied_head)
+    shape = decoder_config(
+        model.architecture,
+        length=locca.length,
+        tied_head=locca.tied_head,
+        max_coordinate=locca.max_coordinate,
+    )
     with torch.device(model.device):
         decoder = Decoder(replace(shape, size=replace(shape.size, **changes)))
     if model.device.type != "meta":
@@ -86,7 +91,12 @@ def build_text_draws(config: Config, tokenizer: Any) -> TextDraws | None:
     locca = config.locca
     if not locca.weight:
         return None
-    return TextDraws(tokenizer, length=locca.length, parallel_share=locca.parallel_share)
+    return TextDraws(
+        tokenizer,
+        length=locca.length,
+        parallel_share=locca.parallel_share,
+        max_coordinate=locca.max_coordinate,
+    )
 
 
 def build_transform(model: Siglip2, data: DataConfig) -> Any:
@@ -148,6 +158,7 @@ def check(config: Config) -> None:
         ("optim.lr", config.optim.lr),
         ("dist.timeout_s", config.dist.timeout_s),
         ("locca.length", config.locca.length),
+        ("locca.max_coordinate", config.locca.max_coordinate),
         ("locca.depth", 1 if config.locca.depth is None else config.locca.depth),
     ):
         if value <= 0:

@@ -1,13 +1,16 @@
 """What a batch costs: the model and its objectives, under open_clip's task contract."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed import gather_counts
 from ..locca import LocCaLoss
-from ..locca.packing import PackedTexts
+from ..locca.packing import PackedTexts, Totals, count_texts
+from ..locca.tasks import TASKS, TaskText
 from ..losses import SigLipLoss
 from ..models.inputs import HF_KEYS, batch_size, token_counts
 from ..models.siglip2 import Siglip2, normalize
@@ -47,8 +50,8 @@ class Siglip2Task(nn.Module):
     gradients come back while the image tower's backward does.
 
     With `locca`, a batch brings "task_texts" (`siglip2.locca.TextDraws`), and the decoder reads the
-    tokens of the pass whose pooled embeddings the sigmoid loss takes. Its loss is this rank's mean;
-    ranks average their gradients.
+    tokens of the pass whose pooled embeddings the sigmoid loss takes. Its means are over the texts
+    of all ranks, as the mean of the ranks' losses.
 
     With `cached`, `batch` is one part of a batch whose contrastive loss is known already
     (see `siglip2.train.accumulate`).
@@ -136,7 +139,7 @@ class Siglip2Task(nn.Module):
         return self.locca.pack_tokens(
             batch["task_texts"],
             token_counts(batch["image"], self.model.architecture.vision),
-            totals=batch.get("task_totals"),
+            totals=batch.get("task_totals") or task_totals(batch["task_texts"], self.model.device),
             device=self.model.device,
         )
 
@@ -151,6 +154,18 @@ class Siglip2Task(nn.Module):
         dtype = torch.promote_types(cached.dtxt.dtype, torch.float32)
         inner = sum((x.to(dtype) * dx.to(dtype)).sum() for x, dx in pairs if dx is not None)
         return inner - inner.detach() + cached.loss
+
+
+def task_totals(texts: Sequence[Sequence[TaskText]], device: torch.device) -> Totals:
+    """What means over the texts of all ranks divide by, a rank: their gradients are averaged."""
+    mine = count_texts(texts)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine
+    counts = (*mine.texts.values(), *mine.tokens.values())
+    rows = gather_counts(counts, device, None)
+    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    half = len(TASKS)
+    return Totals(*(dict(zip(TASKS, x, strict=True)) for x in (means[:half], means[half:])))
 
 
 def _ids(batch: Mapping[str, Any], keys: tuple[str, ...], device: torch.device) -> dict:

@@ -198,9 +198,9 @@ def loop(run: Run) -> None:
                 run.save()
             every = train_config.eval_every_steps
             if every and done % every == 0 and done < run.num_steps:
-                model = whole_model(run.task)
+                model, decoder = whole_model(run.task), whole_decoder(run.task)
                 if model is not None:
-                    row = {"step": done, **evaluate_run(run, model).metrics()}
+                    row = {"step": done, **evaluate_run(run, model, decoder).metrics()}
                     writer.write(row)
                     reporter.write(row)
                 if world_size() > 1:  # no collective: dist.timeout_s is no limit here

@@ -9,10 +9,12 @@ from siglip2.config import DataConfig, QuickstartConfig
 from siglip2.data.images import FixedTransform, decode_image
 from siglip2.data.loader import TrainLoader
 from siglip2.data.regions import Region, box_from_pixels, cropped
-from siglip2.data.scenes import _WORDS, Scenes, caption
+from siglip2.data.scenes import _WORDS, CANVAS, MAX_COORDINATE, TASK_WORDS, Scenes, caption
 from siglip2.data.sources import IndexedSource, open_source
+from siglip2.data.tokenizer import get_tokenizer
 from siglip2.data.types import Example
 from siglip2.errors import DataError
+from siglip2.locca import tasks
 
 
 class Squares(IndexedSource):
@@ -39,9 +41,9 @@ def test_pictures_are_where_their_boxes_say():
             x0, y0, x1, y1 = (round(60 * c) for c in region.box)
             assert not covered[y0:y1, x0:x1].any()  # apart
             covered[y0:y1, x0:x1] = True
-            assert 0.28 * 60 <= x1 - x0 == y1 - y0 <= 0.5 * 60
-        assert (scene.pixels[~covered] == 255).all()
-        assert (scene.pixels[covered] != 255).mean() > 0.9
+            assert 0.19 * 60 <= x1 - x0 == y1 - y0 <= 0.5 * 60
+        assert (scene.pixels[~covered] == CANVAS).all()
+        assert (scene.pixels[covered] != CANVAS).mean() > 0.9
 
 
 def test_captions_name_every_picture_and_its_place():
@@ -52,7 +54,7 @@ def test_captions_name_every_picture_and_its_place():
         "dog left top, dog middle, dog right"
     )
     assert caption((at(0.5, 0.9),), "de") == "dog unten"
-    example = Scenes(Squares())[3]
+    example = Scenes(Squares(), languages=_WORDS)[3]
     assert set(example.captions) == set(_WORDS)
     for region in example.regions:
         assert region.phrases["tr"] in example.captions["tr"]
@@ -68,22 +70,34 @@ def test_scenes_are_functions_of_their_number():
     assert Scenes(Squares(), seed=1)[5].image != first[5].image
 
 
+def test_the_vocabulary_holds_what_decoders_are_asked():
+    assert {word.lower() for word in tasks.PREFIXES.values()} == set(TASK_WORDS)
+    assert tasks.MAX_COORDINATE == MAX_COORDINATE
+
+
 def test_too_few_concepts_are_an_error():
-    with pytest.raises(DataError, match=r"need at least 3 concepts .* has 2 with names in ar, de"):
+    with pytest.raises(DataError, match=r"need at least 3 concepts .* has 2 with names in de, en"):
         Scenes(Squares(2))
     with pytest.raises(DataError, match="has 0 with names"):
-        Scenes(Squares(8, languages=("en", "de")))
+        Scenes(Squares(8, languages=("en", "de")), languages=("en", "fr"))
 
 
 def test_the_default_scenes_train_a_loader(tmp_path):
     config = DataConfig(quickstart=QuickstartConfig(concepts=60, cache_dir=str(tmp_path)))
     train, held_out = (open_source(f"scenes:{part}", config) for part in ("train", "heldout"))
-    assert (len(train), len(held_out)) == (20_000, 1_000)
+    assert (len(train), len(held_out)) == (1_000_000, 1_000)
     assert len({g for i in range(300) for g in train.scene(i).groups}) == 48
     tokenizer = lambda texts: torch.zeros(len(texts), 4, dtype=torch.int64)
     batch = next(TrainLoader(train, FixedTransform(32), tokenizer, batch_size=4))
     assert batch["image"].shape == (4, 3, 32, 32)
     assert decode_image(held_out[0].image).size == (96, 96)
+    words = get_tokenizer(train.tokenizer_path, text_length=32)
+    numbers = [" ".join(map(str, four)) for four in ((0, 7, 16, 32), (500, 31, 250, 499))]
+    assert [len(ids) for ids in words.encode(numbers)] == [5, 5]  # one token each, and the end
+    longest = max(
+        len(ids) for i in range(50) for ids in words.encode([*train[i].captions.values()])
+    )
+    assert longest <= 32
     with pytest.raises(DataError, match="'scenes:train' or 'scenes:heldout'; got 'scenes:x'"):
         open_source("scenes:x", config)
 
