@@ -21,8 +21,8 @@ TOOL_SECONDS = 150  # compute-sanitizer, for one op
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 SANITIZER_FOUND_ERRORS = 86  # the exit status that it is asked for
 OUTPUT_CHARACTERS = 4000  # of a sanitizer's report that is kept
-# A worker compiles on one core; what several of them share is the GPU.
-MOST_WORKERS = 12
+# A worker compiles on one core, which takes most of its time; what they share is the GPU.
+MOST_WORKERS = 16
 # By themselves, or by the runners that tests/strategies.py gives to most tests of kernels.
 _SIGN_OF_GPU_TESTS = re.compile(r"mark\.gpu|\bRUNNERS\b|runners_and_dtypes")
 
