@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .plan import Layout
 
-# The pass over the rows behind the last sequence, which flash leaves unwritten.
-
 
 def unsupported(q: Tensor, layout: Layout, causal: bool) -> str | None:
     if q.device.type != "cuda":
@@ -68,5 +66,6 @@ def bwd(
     grads = torch.ops.aten._flash_attention_backward(
         dout, *qkv, out, lse, *bounds, 0.0, causal, state, state.new_empty(0), scale=scale
     )
+    zero = dout.new_zeros(())  # `where` takes no number beside `out`
     for d, grad, cu in zip(dqkv, grads, (bounds[0], bounds[1], bounds[1]), strict=True):
-        torch.where(_is_past(d, cu)[:, None, None], 0, grad, out=d)
+        torch.where(_is_past(d, cu)[:, None, None], zero, grad, out=d)

@@ -28,12 +28,14 @@ def evaluate(fn, inputs, dtype=None):
 
 
 def runners_and_dtypes():
+    found = []
     for runner in OWN:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             if runner.values == ("triton", "cpu") and dtype is torch.bfloat16:
                 continue  # the interpreter's bf16 is left alone, as in the other tests
             name = f"{runner.id}-{str(dtype)[6:]}"
-            yield pytest.param(*runner.values, dtype, id=name, marks=runner.marks)
+            found.append(pytest.param(*runner.values, dtype, id=name, marks=runner.marks))
+    return found
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -63,10 +63,20 @@ def own_and_dtypes():
     return found
 
 
+def own_dtypes_and_shapes():
+    """To the compiler float16 is bfloat16: on a GPU our kernel has it at one shape only."""
+    found = []
+    for runner in own_and_dtypes():
+        is_twin = runner.values == ("triton", "cuda", torch.float16)
+        for name in ["ragged"] if is_twin else SHAPES:
+            values = (*runner.values, SHAPES[name])
+            found.append(pytest.param(*values, id=f"{runner.id}-{name}", marks=runner.marks))
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("is_bytes", [True, False], ids=["bytes", "floats"])
-@pytest.mark.parametrize(("backend", "device", "dtype"), own_and_dtypes())
+@pytest.mark.parametrize(("backend", "device", "dtype", "shape"), own_dtypes_and_shapes())
 def test_matches_reference(backend, device, dtype, is_bytes, shape, kind, monkeypatch):
     monkeypatch.setattr(_chunked, "MAX_ELEMENTS", 5000)
     made = make_inputs(*shape, kind, torch.uint8 if is_bytes else dtype, device)
