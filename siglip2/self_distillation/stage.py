@@ -126,6 +126,7 @@ class SslStage(nn.Module):
 
     def pairs(self, student: VisionTower) -> Pairs:
         """Every averaged parameter with its student's, for an optimiser that updates both."""
+        self._reshard()
         pairs = Pairs([], []) if self.teacher is None else parameter_pairs(self.teacher, student)
         for head in self.heads.values():
             pairs = pairs.joined(head.pairs())
@@ -140,8 +141,12 @@ class SslStage(nn.Module):
         """What `update_teacher` does besides `pairs`, for those who update these themselves."""
         for loss in self.losses():
             loss.update_centre()
-        # No backward comes to free what FSDP2 gathered for a teacher's forward: without this the
-        # next one would see the old weights.
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """Of a teacher no backward frees what FSDP2 gathered: its next forward would see old
+        weights, and `pairs` whole ones.
+        """
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

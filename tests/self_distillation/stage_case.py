@@ -2,10 +2,11 @@
 
 import torch
 
-from siglip2.models.inputs import vision_inputs
+from siglip2.models.inputs import VisionInputs, vision_inputs
 from siglip2.models.presets import TowerSize, VisionConfig
+from siglip2.models.sequences import uniform
 from siglip2.models.vision import VisionTower
-from siglip2.self_distillation import HeadConfig, SslConfig, SslStage, ViewConfig
+from siglip2.self_distillation import HeadConfig, Masks, SslConfig, SslStage, ViewConfig, Views
 
 K = 19
 SIZE = TowerSize(width=16, depth=2, mlp_width=20, num_heads=2)
@@ -66,3 +67,21 @@ def trained(tower, stage):
     named = {f"tower.{name}": p for name, p in tower.named_parameters()}
     named |= {f"stage.{name}": p for name, p in stage.named_parameters() if p.requires_grad}
     return named
+
+
+def part(views, masks, first, last):
+    """Views and masks of images [first, last): 16 patches of which 8 are hidden, 3 local views."""
+
+    def images_of(view, start, stop, length):
+        patches = view.patches[start * length : stop * length]
+        seqs = uniform(stop - start, length, patches.device)
+        return VisionInputs(patches, view.grid_hw[start:stop], seqs)
+
+    mine = Views(
+        images_of(views.global_view, first, last, 16),
+        images_of(views.local_views, 3 * first, 3 * last, 4),
+    )
+    rows = slice(16 * first, 16 * last)
+    index = masks.index[8 * first : 8 * last] - 16 * first
+    shares = masks.hidden_share[rows], masks.visible_share[rows]
+    return mine, Masks(masks.mask[rows], index, *shares)

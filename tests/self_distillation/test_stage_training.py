@@ -11,13 +11,12 @@ from self_distillation.stage_case import (
     generator,
     images,
     make,
+    part,
     prepare,
     trained,
 )
 
 from siglip2.config import OptimConfig
-from siglip2.models.inputs import VisionInputs
-from siglip2.models.sequences import uniform
 from siglip2.models.vision import VisionTower
 from siglip2.self_distillation import SslConfig, SslStage, ViewConfig, cosine_momentum
 from siglip2.train.checkpoint import Progress, checkpoints, load, save
@@ -174,13 +173,9 @@ def test_parts_of_a_batch_move_the_centre_like_the_whole():
     (tower, stage), (_, other) = make(), make()
     prepared = prepare(tower, stage)
     stage.finish_update()
-    views, masks = prepared.views, prepared.masks
     for first, last in ((0, 1), (1, 4)):
-        patches = views.global_view.patches[16 * first : 16 * last]
-        grid_hw = views.global_view.grid_hw[first:last]
-        part = VisionInputs(patches, grid_hw, uniform(last - first, 16, patches.device))
-        mine = masks._replace(index=masks.index[8 * first : 8 * last] - 16 * first)
-        other.ask(tower, views._replace(global_view=part), mine, dtype=torch.float64)
+        mine = part(prepared.views, prepared.masks, first, last)
+        other.ask(tower, *mine, dtype=torch.float64)
     other.finish_update()
     for name in ("masked", "distillation"):
         found, wanted = getattr(other, name).centre, getattr(stage, name).centre
