@@ -149,6 +149,13 @@ def test_keys_of_other_lengths_match_reference(backend, device, dtype, pair, cau
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pair", CROSS.values(), ids=CROSS.keys())
+def test_flash_takes_keys_of_other_lengths(pair, dtype):
+    check("varlen_attn", "cuda", dtype, *pair, plan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "varlen_attn"])
 @pytest.mark.parametrize("E", [64, 72, 96])
 def test_long_sequences_match_reference(backend, E, dtype):
