@@ -31,8 +31,11 @@ LIMIT = 2.0**92
 FLOAT16_LIFT = 2.0**14
 LOG2_E = 1 / math.log(2)
 
-# Chosen by compile reports (registers, spills, shared memory); no GPU has timed them.
-HOPPER = Tile(128, 128, 64, pieces=8, num_warps=8, num_stages=3, blocks=2, is_flat=True)
+# Hopper's is the fastest of 14 on an H100. The others are chosen by compile reports (registers,
+# spills, shared memory); no GPU has timed them.
+HOPPER = Tile(128, 256, 64, pieces=2, num_warps=8, num_stages=3, blocks=1, is_flat=True)
+# Where the wide tile spills: with a bias, a cap or addresses of its own.
+HOPPER_NARROW = Tile(128, 128, 64, pieces=8, num_warps=8, num_stages=3, blocks=2, is_flat=True)
 BLACKWELL = Tile(128, 128, 64, pieces=8, num_warps=4, num_stages=3, blocks=2, is_flat=False)
 AMPERE = Tile(128, 64, 64, pieces=4, num_warps=4, num_stages=3, blocks=3, is_flat=False)
 # A multiprocessor of Ada and of consumer GPUs has 100 KB of shared memory.
@@ -40,19 +43,31 @@ CONSUMER = Tile(128, 64, 32, pieces=4, num_warps=4, num_stages=3, blocks=2, is_f
 # Float32 products without TF32 run on the ordinary cores.
 FLOAT32 = Tile(64, 64, 32, pieces=2, num_warps=4, num_stages=2, blocks=2, is_flat=True)
 # A soft cap's registers cost a block, or they spill.
-CAPPED = {HOPPER: HOPPER._replace(blocks=1), AMPERE: AMPERE._replace(blocks=2, is_flat=True)}
+CAPPED = {
+    HOPPER_NARROW: HOPPER_NARROW._replace(blocks=1),
+    AMPERE: AMPERE._replace(blocks=2, is_flat=True),
+}
 # Tiles of tokens that go through the vocabulary together: so often is the weight read, and their
 # rows of x, 4096 x 768 x 2 bytes, stay in L2.
 GROUP = 32
 
 
-def config(dtype: torch.dtype, capability: tuple[int, int], *, has_softcap: bool = False) -> Tile:
+def config(
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    has_bias: bool = False,
+    has_softcap: bool = False,
+    reads_by_tma: bool = True,
+) -> Tile:
     if dtype is torch.float32:
         return FLOAT32
+    is_light = reads_by_tma and not has_bias and not has_softcap
     if capability == (8, 0):
         tile = AMPERE
     else:
-        tile = {9: HOPPER, 10: BLACKWELL}.get(capability[0], CONSUMER)
+        hopper = HOPPER if is_light else HOPPER_NARROW
+        tile = {9: hopper, 10: BLACKWELL}.get(capability[0], CONSUMER)
     return CAPPED.get(tile, tile) if has_softcap else tile
 
 
@@ -81,8 +96,9 @@ class _Tiles:
     ):
         self.weight, self.softcap, self.wants_maxes = weight, softcap, wants_maxes
         self.bias = None if bias is None else bias.float()
-        self.tile = config(x.dtype, capability_of(x), has_softcap=softcap is not None)
         self.tma = has_tma(x.dtype, capability_of(x), x, weight)
+        options = {"has_bias": bias is not None, "has_softcap": softcap is not None}
+        self.tile = config(x.dtype, capability_of(x), **options, reads_by_tma=self.tma)
         self.num_v = triton.cdiv(weight.shape[0], self.tile.BV)
         self.is_lifted = x.dtype is torch.float16
         self.e = self.sums = self.maxes = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._core.backend import choose, no_triton
+from .._core.scaled import scaled
 from . import _chunked, dispatch
 from .inputs import Options, Weights, check, check_options, weigh
 
@@ -139,8 +140,7 @@ def _finish(ctx, grads: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor | Non
         ctx.weight_grad_out.addcmul_(grads[1], scale)
         needs_dweight = False
     return tuple(
-        # out= scales and rounds in one pass.
-        torch.mul(d, scale, out=torch.empty_like(d, dtype=dtype)) if needed else None
+        scaled(d, scale, dtype) if needed else None
         for d, dtype, needed in zip(
             grads, ctx.dtypes, (needs_dx, needs_dweight, needs_dbias), strict=True
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._core.chunks import row_chunks
 from .._core.matmul import addmm_f32_, mm_f32, unit_scale
 from .._core.triton_math import LOG2_E
-from ._pair_terms import load_side, pair_terms
+from ._pair_terms import as_factors, load_side, pair_terms
 
 # The chunk's elements; 4096 rows at M = 64k. Longer chunks mean fewer passes over float32 dtxt.
 MAX_ELEMENTS = 1 << 28
@@ -29,7 +29,7 @@ ALIGNMENT = 16  # elements to which rows of the chunk are padded, so that all ac
 @triton.jit(do_not_specialize=["B", "M", "first_row"])  # so that no batch size compiles anything
 def _pass_kernel(
     x_ptr,  # (B, stride_x): logits without scale and bias, and 0 in the padding
-    log_scale_ptr,
+    scale_ptr,
     bias_ptr,
     img_ids_ptr,
     txt_ids_ptr,
@@ -50,7 +50,7 @@ def _pass_kernel(
     WRITES_G: tl.constexpr,
 ):
     i_b, i_m = tl.program_id(0), tl.program_id(1)
-    scale = tl.exp(tl.load(log_scale_ptr)) * LOG2_E
+    scale = tl.load(scale_ptr) * LOG2_E
     bias = tl.load(bias_ptr) * LOG2_E
     o_m = i_m * COLUMNS + tl.arange(0, COLUMNS)
     m_m = o_m < M
@@ -184,7 +184,7 @@ def fwd(
     (B, D), M = img.shape, txt.shape[0]
     img, txt = _operand(img), _operand(txt)
     pairs = img_ids, txt_ids, img_ignore_ids, txt_ignore_ids, img_weight, txt_weight
-    scalars = log_scale.float(), bias.float()
+    scalars = as_factors(log_scale, bias)
     dimg = img.new_empty((B if needs_dimg else 0, D), dtype=torch.float32)
     dtxt = txt.new_zeros((M if needs_dtxt else 0, D), dtype=torch.float32)
     chunks = list(row_chunks(B, M, MAX_ELEMENTS))
@@ -218,7 +218,7 @@ def sums(
     """The weighted losses summed over each row and each column."""
     B, M = img.shape[0], txt.shape[0]
     img, txt = _operand(img), _operand(txt)
-    scalars = log_scale.float(), bias.float()
+    scalars = as_factors(log_scale, bias)
     rows = img.new_empty(B, dtype=torch.float32)
     columns = txt.new_zeros(M, dtype=torch.float32)
     chunks = list(row_chunks(B, M, MAX_ELEMENTS))

@@ -24,7 +24,7 @@ from .._core.tile_product import (
     tile_at,
 )
 from .._core.triton_math import LOG2_E
-from ._pair_terms import load_side, pair_terms
+from ._pair_terms import as_factors, load_side, pair_terms
 
 # G's buffer; 4096 rows at M = 64k. Longer chunks mean fewer passes over the float32 dtxt.
 MAX_ELEMENTS = 1 << 28
@@ -79,7 +79,7 @@ def _choice(
 def _tile_kernel(
     img,  # pointer, or tensor descriptor of blocks [BB, BD] if HAS_TMA
     txt,  # likewise, [BM, BD]
-    log_scale_ptr,
+    scale_ptr,
     bias_ptr,
     img_ids_ptr,
     txt_ids_ptr,
@@ -108,7 +108,7 @@ def _tile_kernel(
     FLATTEN: tl.constexpr,
 ):
     BN: tl.constexpr = BM // PIECES
-    scale = tl.exp(tl.load(log_scale_ptr)) * LOG2_E
+    scale = tl.load(scale_ptr) * LOG2_E
     bias = tl.load(bias_ptr) * LOG2_E
     num_m = tl.cdiv(M, BM)
     for i_tile in tl.range(
@@ -174,7 +174,7 @@ def unsupported(img: Tensor, txt: Tensor) -> str | None:
 def _launch(
     img: Tensor,  # (c, D)
     txt: Tensor,  # (M, D)
-    log_scale: Tensor,  # ()
+    scale: Tensor,  # ()
     bias: Tensor,  # ()
     *pairs: Tensor | None,  # ids, ignore ids and weights of c rows and of txt
     first_row: int,
@@ -193,10 +193,10 @@ def _launch(
         if g is not None:
             g = TensorDescriptor.from_tensor(g, [tile.BT, tile.BV // tile.pieces])
     tiles = triton.cdiv(B, tile.BT) * triton.cdiv(M, tile.BV)
-    _tile_kernel[(min(tiles, num_programs(tile, log_scale.device)),)](
+    _tile_kernel[(min(tiles, num_programs(tile, scale.device)),)](
         img,
         txt,
-        log_scale,
+        scale,
         bias,
         *pairs,
         g,
@@ -246,7 +246,7 @@ def fwd(
     (B, D), M = img.shape, txt.shape[0]
     pairs = img_ids, txt_ids, img_ignore_ids, txt_ignore_ids, img_weight, txt_weight
     tile, _ = _choice(img, txt, pairs)
-    scalars = log_scale.float(), bias.float()
+    scalars = as_factors(log_scale, bias)
     dimg = img.new_empty((B if needs_dimg else 0, D), dtype=torch.float32)
     dtxt = txt.new_zeros((M if needs_dtxt else 0, D), dtype=torch.float32)
     chunks = list(row_chunks(B, M, MAX_ELEMENTS, multiple=tile.BT))
@@ -281,7 +281,7 @@ def sums(
     """The weighted losses summed over each row and each column."""
     B, M = img.shape[0], txt.shape[0]
     tile, _ = _choice(img, txt, pairs)
-    scalars = log_scale.float(), bias.float()
+    scalars = as_factors(log_scale, bias)
     rows = img.new_empty(B, dtype=torch.float32)
     columns = txt.new_zeros(M, dtype=torch.float32)
     for start, stop in row_chunks(B, M, MAX_ELEMENTS, multiple=tile.BT):

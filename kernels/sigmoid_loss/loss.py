@@ -105,12 +105,12 @@ def sigmoid_loss_and_grads(
     totals, *grads = fwd(plan.img, plan.txt, log_scale, bias, *plan.pairs, *needs, plan.backend)
     loss, dlog_scale, dbias = (totals * plan.factor).unbind()
     scale = log_scale.to(loss.dtype).exp()
-    for i, (x, needed) in enumerate(zip((img, txt), needs, strict=True)):
-        draw = plan.factor * scale
-        grads[i] = (
-            grad_of_rows(plan.rows_backend, grads[i], x, draw, loss.dtype) if needed else None
-        )
-    return LossAndGrads(loss, *grads, dlog_scale * scale, dbias)
+    draw = plan.factor * scale
+    dimg, dtxt = (
+        grad_of_rows(plan.rows_backend, d, x, draw, loss.dtype) if needed else None
+        for d, x, needed in zip(grads, (img, txt), needs, strict=True)
+    )
+    return LossAndGrads(loss, dimg, dtxt, dlog_scale * scale, dbias)
 
 
 def _autograd_of_reference(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._core.backend import choose, no_triton
+from .._core.scaled import scaled
 from .._core.unit_rows import unit_dtype, unit_rows, unit_rows_grad
 from . import _chunked, dispatch
 from .inputs import Pairs, check
@@ -152,8 +153,7 @@ def grad_of_rows(
 ) -> Tensor:  # (B, D) of `dtype`
     """scale * d with respect to x, through its normalisation if there was one; rounded once."""
     if rows_backend is None:
-        # out= scales and rounds in one pass.
-        return torch.mul(d, scale, out=torch.empty_like(d, dtype=dtype))
+        return scaled(d, scale, dtype)
     return _unit_rows_grad(d, x, scale, dtype, rows_backend)
 
 

@@ -35,7 +35,8 @@ def tile_report(
     major_minor = divmod(capability, 10)
     tma = tile_product.has_tma(dtype, major_minor) if tma is None else tma
     types = dict(LAUNCHES[launch])
-    tile = tile or _triton.config(dtype, major_minor, has_softcap=softcap)
+    options = {"has_bias": bias, "has_softcap": softcap, "reads_by_tma": tma}
+    tile = tile or _triton.config(dtype, major_minor, **options)
     blocks = {"x": (tile.BT, tile.BD), "weight": (tile.BV, tile.BD)}
     if "e" in types:
         blocks["e"] = tile.BT, tile.BV // tile.pieces
@@ -70,7 +71,9 @@ def check(built, dtype, capability):
         assert list(built.mma) == [TENSOR_CORE[capability]]
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": True}], ids=["plain", "full"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True}, {"bias": True, "softcap": True}], ids=["plain", "bias", "full"]
+)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("dtype", POINTER, ids=str)
@@ -86,8 +89,9 @@ def test_tiles_fit_the_shared_memory_of_consumer_gpus(launch, options):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("D", [1536, 1152, 72])
-def test_other_widths_fit_as_well(D, capability):
-    built = tile_report(torch.bfloat16, capability, "grad-accuracy", D=D, bias=True)
+@pytest.mark.parametrize("bias", [False, True])
+def test_other_widths_fit_as_well(bias, D, capability):
+    built = tile_report(torch.bfloat16, capability, "grad-accuracy", D=D, bias=bias)
     check(built, torch.bfloat16, capability)
 
 

@@ -28,14 +28,15 @@ def test_a_cuda_graph_replays_forward_and_backward(backend):
     # Logits of 200: the launches that start over run inside the graph.
     inputs = make_extreme(torch.bfloat16, "cuda")
     options = {"backend": backend, "chunk_tokens": 128}
-    expected = loss_and_grads(*inputs, **options)
+    # Leaves remember the stream of their first use while its graph lives: it must not be another
+    # one than the captured stream.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        loss_and_grads(*inputs, **options)
+        expected = loss_and_grads(*inputs, **options)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         captured = loss_and_grads(*inputs, **options)
     with torch.no_grad():
         for x in captured:

@@ -46,6 +46,7 @@ def test_opcheck(backend, device, needs):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("backend", "device"), [*RUNNERS, ("reference", "cpu")])
 def test_compiles_without_graph_breaks(backend, device, reduction):
+    torch.compiler.reset()  # versions of other cases count towards the limit of recompiles
     x, weight, bias, target = make(device)
     index = torch.arange(0, 40, 2, device=device)
     options = {"token_weight": make_token_weight(40, device), "backend": backend}
@@ -63,6 +64,7 @@ def test_compiles_without_graph_breaks(backend, device, reduction):
 
 
 def test_compiled_for_any_number_of_tokens():
+    torch.compiler.reset()  # versions of other cases count towards the limit of recompiles
     count = 0
 
     def backend(graph, example_inputs):
@@ -81,6 +83,7 @@ def test_compiled_for_any_number_of_tokens():
 
 @pytest.mark.parametrize(("backend", "device"), RUNNERS)
 def test_compiled_backward_fills_the_buffer(backend, device):
+    torch.compiler.reset()  # versions of other cases count towards the limit of recompiles
     x, weight, _, target = make(device)
     fn = partial(linear_cross_entropy, backend=backend)
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")

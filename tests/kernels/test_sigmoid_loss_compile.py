@@ -41,7 +41,7 @@ def tile_report(
     tma = _triton.has_tma(dtype, major_minor) if tma is None else tma
     tile = tile or _triton.config(dtype, major_minor, is_plain=not full, reads_by_tma=tma)
     name = POINTER[dtype]
-    types = {"log_scale_ptr": "*fp32", "bias_ptr": "*fp32"} | optional(mode, full)
+    types = {"scale_ptr": "*fp32", "bias_ptr": "*fp32"} | optional(mode, full)
     inputs = {"img": (tile.BT, tile.BD), "txt": (tile.BV, tile.BD)}
     if "g" in OUTPUTS[mode]:
         inputs["g"] = (tile.BT, tile.BV // tile.pieces)
@@ -128,7 +128,7 @@ def test_as_many_blocks_share_a_multiprocessor_as_the_table_says(capability):
 @pytest.mark.parametrize("mode", OUTPUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_the_elementwise_pass_builds_without_spills(dtype, mode, full, capability):
-    types = {"x_ptr": f"*{POINTER[dtype]}", "log_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
+    types = {"x_ptr": f"*{POINTER[dtype]}", "scale_ptr": "*fp32", "bias_ptr": "*fp32"}
     types |= optional(mode, full)
     constants = {"ROWS": _cublas.ROWS, "COLUMNS": _cublas.COLUMNS, "LIFT": unit_scale(dtype)}
     constants |= {"WRITES_G": mode == "grad"}

@@ -19,14 +19,15 @@ def loss_and_grads(inputs, **kwargs):
 @pytest.mark.parametrize("backend", DESIGNS)
 def test_a_cuda_graph_replays_forward_and_backward(backend):
     inputs = make_inputs(300, 300, 768, torch.bfloat16, "cuda")
-    expected = loss_and_grads(inputs, backend=backend)
+    # Leaves remember the stream of their first use while its graph lives: it must not be another
+    # one than the captured stream.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        loss_and_grads(inputs, backend=backend)
+        expected = loss_and_grads(inputs, backend=backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         captured = loss_and_grads(inputs, backend=backend)
     with torch.no_grad():
         for x in captured:
