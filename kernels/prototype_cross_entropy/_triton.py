@@ -10,7 +10,7 @@ order: nothing is added atomically.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,10 @@ MAX_D = 512
 MAX_PARTIAL_BYTES = 1 << 26
 
 
+# A log-sum-exp alone; a softmax whose values are its columns; one whose values are others; dweight.
+Kind = Literal["lse", "shared", "separate", "dweight"]
+
+
 class Sweep(NamedTuple):
     BR: int  # rows of a program
     BN: int  # columns of a step
@@ -35,24 +39,24 @@ class Sweep(NamedTuple):
     num_stages: int
 
 
-def config(D: int, dtype: torch.dtype, capability: tuple[int, int], streams: int) -> Sweep:
-    """By compile reports (registers, spills, shared memory); no GPU has timed them.
-
-    Args:
-        streams: Matrices a step reads blocks of: 1, or 2 where columns and values differ; 0 for a
-            log-sum-exp alone, whose columns are all it reads.
-    """
+def config(D: int, dtype: torch.dtype, capability: tuple[int, int], what: Kind) -> Sweep:
+    """By compile reports (registers, spills, shared memory); no GPU has timed them."""
     is_wide = D > 256
     if dtype is torch.float32:
-        return Sweep(16, 32, 4, 1) if is_wide else Sweep(32, 32, 4, 1)
+        # Products without tensor cores spill where a thread sums more than this.
+        return Sweep(16, 16, 8, 1) if is_wide or what == "dweight" else Sweep(32, 32, 8, 1)
     if capability[0] in (9, 10):
-        if streams == 0:
+        if what == "lse":
             return Sweep(64, 64, 4, 2) if is_wide else Sweep(128, 128, 8, 2)
-        return Sweep(64, 32, 8, 2) if is_wide else Sweep(128, 64, 8, 4 - streams)
+        if is_wide:
+            return Sweep(64, 32, 8, 2)
+        if capability[0] == 10 and what != "dweight":
+            return Sweep(64, 64, 8, 2)
+        return Sweep(128, 64, 8, 3 if what == "shared" else 2)
     if capability == (8, 0):
         return Sweep(64, 32, 8, 2) if is_wide else Sweep(128, 32, 8, 2)
     # A multiprocessor of Ada and of consumer GPUs has 100 KB of shared memory.
-    return Sweep(32, 16, 4, 2) if is_wide else Sweep(64, 32, 4, 2)
+    return Sweep(32, 16, 8, 2) if is_wide else Sweep(64, 32, 4, 2)
 
 
 def unsupported(rows: Tensor, weight: Tensor) -> str | None:
@@ -99,8 +103,8 @@ def _sweep(
 ) -> _Swept:
     (R, D), N, device = rows.shape, columns.shape[0], rows.device
     is_shared = values is columns
-    streams = 0 if values is None else 2 - is_shared
-    tile = config(D, rows.dtype, capability_of(rows), streams)
+    what = "lse" if values is None else "shared" if is_shared else "separate"
+    tile = config(D, rows.dtype, capability_of(rows), what)
     tiles, blocks = triton.cdiv(R, tile.BR), triton.cdiv(N, tile.BN)
     most = MAX_PARTIAL_BYTES // (4 * R * (D if values is not None else 2))
     n = num_splits(tiles, blocks, _num_programs(device), most)
@@ -215,7 +219,7 @@ def _view_sums(
 def _launch_dweight(matrices: tuple, vectors: tuple, dweight: Tensor) -> None:
     student_weight, _, student, teacher, _ = matrices
     (K, D), T, S = student_weight.shape, student.shape[0], teacher.shape[0]
-    tile = config(D, student.dtype, capability_of(student), 2)
+    tile = config(D, student.dtype, capability_of(student), "dweight")
     BD = max(triton.next_power_of_2(D), 16)
     strides = [x.stride(0) for x in matrices]
     tma = has_tma(student.dtype, capability_of(student), *matrices)
