@@ -4,6 +4,7 @@ from .config import HeadConfig, SslConfig, ViewConfig
 from .heads import HeadOutput, PrototypeHead, TaughtHead
 from .losses import MaskedPredictionLoss, SelfDistillationLoss, Targets
 from .masks import Masks, draw_masks
+from .parts import take_prepared
 from .stage import Prepared, SslOutput, SslStage
 from .teacher import Pairs, cosine_momentum, ema_update, fixed_momentum
 from .views import Views, draw_views
@@ -29,4 +30,5 @@ __all__ = [
     "draw_views",
     "ema_update",
     "fixed_momentum",
+    "take_prepared",
 ]

@@ -104,8 +104,11 @@ class PrototypeLoss(nn.Module):
         return self.process_group or dist.group.WORLD
 
     @torch.no_grad()
-    def update_centre(self) -> None:
-        """Move the centre by all that was seen since the last call; after the optimiser step."""
+    def update_centre(self, *, found_inf: Tensor | None = None) -> None:
+        """Move the centre by all that was seen since the last call; after the optimiser step.
+
+        Not where `found_inf`, 1 or 0 on the device, is 1; nobody waits to read it.
+        """
         seen, self._seen = self._seen, None
         if seen is None:
             return
@@ -114,7 +117,10 @@ class PrototypeLoss(nn.Module):
             with waiting_for("the teacher's mean logits", group):
                 dist.all_reduce(seen, group=group)
         mean = seen[:-1] / seen[-1].clamp(min=1)
-        self.centre.lerp_(mean.to(self.centre.dtype), 1 - self.centre_momentum)
+        moved = self.centre.lerp(mean.to(self.centre.dtype), 1 - self.centre_momentum)
+        if found_inf is not None:
+            moved = torch.where(found_inf > 0, self.centre, moved)
+        self.centre.copy_(moved)
 
     def forget(self) -> None:
         """Drop what was seen since the last update, of a step that was skipped."""

@@ -137,10 +137,13 @@ class SslStage(nn.Module):
         ema_update(self.pairs(student), self.momentum(examples_seen))
         self.finish_update()
 
-    def finish_update(self) -> None:
-        """What `update_teacher` does besides `pairs`, for those who update these themselves."""
+    def finish_update(self, *, found_inf: Tensor | None = None) -> None:
+        """What `update_teacher` does besides `pairs`, for those who update these themselves.
+
+        Centres stay where `found_inf`, 1 or 0 on the device, is 1.
+        """
         for loss in self.losses():
-            loss.update_centre()
+            loss.update_centre(found_inf=found_inf)
         self._reshard()
 
     def _reshard(self) -> None:
@@ -178,8 +181,14 @@ class SslStage(nn.Module):
             generator: On the device of the tower.
             dtype: Of activations.
 
-        Raises ValueError before `begin`.
+        Raises ValueError before `begin`, and for a generator of another device.
         """
+        here = student.posemb.device
+        if generator.device != here:
+            raise ValueError(
+                f"need a generator of the tower's device, {here}; got one of {generator.device}."
+                f" Use torch.Generator('{here}')"
+            )
         local = self.distillation is not None
         views = draw_views(images, self.config.views, self.vision, generator, local=local)
         masks = None
@@ -214,7 +223,9 @@ class SslStage(nn.Module):
 
     def _needed(self, tokens: Tensor, masks: Masks) -> Tensor:
         """Rows of the global view that the masked loss compares."""
-        return tokens if self.config.loss_tokens == "all" else tokens[masks.index]
+        if self.config.loss_tokens == "all":
+            return tokens
+        return tokens.index_select(0, masks.index)  # no row twice: its backward needs no sort
 
     def forward(
         self,
