@@ -184,7 +184,7 @@ class SslStage(nn.Module):
         Raises ValueError before `begin`, and for a generator of another device.
         """
         here = student.posemb.device
-        if generator.device != here:
+        if generator.device.type != here.type:
             raise ValueError(
                 f"need a generator of the tower's device, {here}; got one of {generator.device}."
                 f" Use torch.Generator('{here}')"

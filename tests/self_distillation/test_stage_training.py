@@ -104,6 +104,12 @@ def test_the_teacher_starts_as_the_student_and_the_optimiser_never_sees_it():
     assert not stage.teacher.posemb.requires_grad
 
 
+def test_views_are_drawn_where_the_tower_is():
+    tower, stage = make()
+    with pytest.raises(ValueError, match="generator of the tower's device, meta; got one of cpu"):
+        stage.prepare(tower.to("meta"), images(), generator=generator())
+
+
 def test_what_is_off_is_not_built():
     both = {name for name, _ in SslStage(config(), VISION).named_children()}
     assert both == {"heads", "distillation", "masked", "teacher"}
