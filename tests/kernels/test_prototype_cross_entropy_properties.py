@@ -78,7 +78,9 @@ def test_compiles_without_graph_breaks(backend, device, weight_norm):
     for f in (compiled, fn):
         loss = f(*inputs)
         results.append([loss, *torch.autograd.grad(loss, inputs[:2], torch.full_like(loss, 3.0))])
-    assert_all_equal(*results)
+    # A traced norm sums in another order.
+    for name, a, e in zip(("loss", "dstudent", "dweight"), *results, strict=True):
+        assert_no_worse(name, a, e, e.double(), torch.float32)
 
 
 def test_compiled_for_any_number_of_tokens():
@@ -204,5 +206,5 @@ def test_parts_of_the_prototypes_fill_whole_waves():
     assert num_splits(68, 1024, 132, 7) == 7
     assert num_splits(68, 1024, 132, 1) == 1
     assert num_splits(132, 1024, 132, 8) == 1
-    assert num_splits(1, 1024, 132, 1000) == 512  # two blocks of columns each, in 4 waves
+    assert num_splits(1, 1024, 132, 1000) == 128  # eight blocks each; 512 times two take as long
     assert num_splits(5, 2, 132, 8) == 2
