@@ -46,9 +46,22 @@ def _linear_cross_entropy_flops(x, weight, *args, out_val, **_) -> int:
     return 2 * (1 + needs_dx + needs_dweight) * x.shape[0] * weight.numel()
 
 
+def _prototype_cross_entropy_flops(student, weight, teacher, *args, out_val, **_) -> int:
+    """2 (T + S) K D for both sides' logits and 2 T K D for each gradient."""
+    needs_dstudent, needs_dweight, _backend = args[-3:]
+    rows = student.shape[0] * (1 + needs_dstudent + needs_dweight) + teacher.shape[0]
+    return 2 * rows * weight.numel()
+
+
+def _prototype_lse_flops(rows, columns, *_, out_val, **__) -> int:
+    return 2 * rows.shape[0] * columns.numel()
+
+
 FLOPS = {
     **flop_registry,
     _ours.linear_cross_entropy: _linear_cross_entropy_flops,
+    _ours.prototype_cross_entropy: _prototype_cross_entropy_flops,
+    _ours.prototype_lse: _prototype_lse_flops,
     _ours.sigmoid_loss: _sigmoid_loss_flops,
     _ours.varlen_attention: _attention_flops(2),
     _ours.varlen_attention_bwd: lambda dout, *args, **options: _attention_flops(5)(
