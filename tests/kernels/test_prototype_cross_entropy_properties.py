@@ -208,3 +208,15 @@ def test_parts_of_the_prototypes_fill_whole_waves():
     assert num_splits(132, 1024, 132, 8) == 1
     assert num_splits(1, 1024, 132, 1000) == 128  # eight blocks each; 512 times two take as long
     assert num_splits(5, 2, 132, 8) == 2
+
+
+@pytest.mark.parametrize(("needs", "products"), [((), 2), ((0,), 3), ((1,), 3), ((0, 1), 4)])
+def test_counted_flops_are_those_of_keeping_the_logits(needs, products):
+    from siglip2.train.flops import FLOPS
+
+    inputs = [x.detach() for x in make_prototypes(T, K, D, torch.float32)]
+    needs = [i in needs for i in (0, 1)]
+    formula = FLOPS[torch.ops.siglip2.prototype_cross_entropy]
+    assert formula(*inputs, None, None, *needs, "chunked", out_val=None) == 2 * products * T * K * D
+    lse = FLOPS[torch.ops.siglip2.prototype_lse]
+    assert lse(inputs[0], inputs[1], None, None, "chunked", out_val=None) == 2 * T * K * D
