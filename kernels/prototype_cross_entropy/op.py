@@ -17,7 +17,7 @@ from torch import Tensor
 from .._core.backend import choose, no_triton
 from .._core.unit_rows import unit_rows_grad
 from . import _chunked, dispatch
-from .inputs import Weights, check, check_chunk, check_temp, inverse_temp, product_weight, weigh
+from .inputs import Weights, check, check_chunk, check_temp, inverse_temp, weigh
 
 # Gradients are of sum_t row_weight_t loss_t, in float32, and come back with the forward.
 torch.library.define(
@@ -31,6 +31,11 @@ torch.library.define(
 torch.library.define(
     "siglip2::prototype_lse",
     "(Tensor rows, Tensor columns, Tensor column_bias, Tensor scale, str backend) -> Tensor",
+)
+# Through the rows' norms, scaled and rounded in the same pass.
+torch.library.define(
+    "siglip2::prototype_weight_norm_bwd",
+    "(Tensor dweight, Tensor weight, Tensor scale, str backend) -> Tensor",
 )
 
 
@@ -68,8 +73,20 @@ def _(rows, columns, column_bias, scale, backend):
     return column_bias.new_empty(rows.shape[0])
 
 
+@torch.library.impl("siglip2::prototype_weight_norm_bwd", "CompositeExplicitAutograd")
+def _(dweight, weight, scale, backend):
+    rows_backend = "triton" if backend == "triton" else "eager"
+    return unit_rows_grad(dweight, weight, scale, weight.dtype, rows_backend)
+
+
+@torch.library.register_fake("siglip2::prototype_weight_norm_bwd")
+def _(dweight, weight, scale, backend):
+    return torch.empty_like(dweight, dtype=weight.dtype)
+
+
 fwd = torch.ops.siglip2.prototype_cross_entropy.default
 lse = torch.ops.siglip2.prototype_lse.default
+weight_norm_bwd = torch.ops.siglip2.prototype_weight_norm_bwd.default
 
 
 def unsupported(rows: Tensor, weight: Tensor) -> dict[str, str | None]:
@@ -138,53 +155,3 @@ def make_plan(
         weight_norm,
         chunk_tokens,
     )
-
-
-class PrototypeLoss(torch.autograd.Function):
-    """Saves float32 gradients, (T + K) D, and the weight's rows where they were normalised."""
-
-    @staticmethod
-    def forward(ctx, student, student_weight, teacher, teacher_weight, bias, index, plan, needs):
-        rows, factor, count, is_valid = plan.weights
-        dtype, scales = student.dtype, (plan.student_scale, plan.teacher_scale)
-        read = [student, teacher]
-        if is_valid is not None:
-            # Whatever lies past the count, 0 times it is to be 0.
-            read[0] = torch.where(is_valid[:, None], student, 0)
-            if index is None:
-                read[1] = torch.where(is_valid[:, None], teacher, 0)
-            else:
-                index = torch.where(is_valid, index, 0)
-        weights = [
-            product_weight(w, dtype, plan.weight_norm) for w in (student_weight, teacher_weight)
-        ]
-        index = None if index is None else index.long()
-        losses, *grads = fwd(
-            *(read[0], weights[0], read[1], weights[1], bias, index, rows, count, *scales),
-            *(plan.chunk_tokens, *needs, plan.backend),
-        )
-        ctx.dtypes, ctx.needs = (student.dtype, student_weight.dtype), needs
-        ctx.rows_backend = "triton" if plan.backend == "triton" else "eager"
-        normed = student_weight if plan.weight_norm and needs[1] else None
-        ctx.save_for_backward(*grads, factor, normed)
-        return (losses * rows).sum() * factor
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        dstudent, dweight, factor, normed = ctx.saved_tensors
-        # A loss scaler's factor arrives before the rounding.
-        scale = dloss * factor
-        found = [None, None]
-        if ctx.needs[0]:
-            found[0] = _scaled(dstudent, scale, ctx.dtypes[0])
-        if ctx.needs[1] and normed is None:
-            found[1] = _scaled(dweight, scale, ctx.dtypes[1])
-        elif ctx.needs[1]:
-            found[1] = unit_rows_grad(dweight, normed, scale, normed.dtype, ctx.rows_backend)
-        return (*found, *[None] * 6)
-
-
-def _scaled(d: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # out= scales and rounds in one pass.
-    return torch.mul(d, scale, out=torch.empty_like(d, dtype=dtype))

@@ -58,12 +58,10 @@ def test_opcheck(backend, device, needs):
     check(
         (student, weight, student, weight, None, None, rows, None, *scales, None, *needs, backend)
     )
-    lse = torch.ops.siglip2.prototype_lse.default
-    torch.library.opcheck(
-        lse,
-        (student, weight, bias, scales[0], backend),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    check(torch.ops.siglip2.prototype_lse.default, (student, weight, bias, scales[0], backend))
+    norm = torch.ops.siglip2.prototype_weight_norm_bwd.default
+    check(norm, (teacher_weight, weight, scales[0], backend))
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
