@@ -25,7 +25,8 @@ def make(T, K, D, dtype=torch.bfloat16, S=None):
 
 def loss_and_grads(inputs, **options):
     loss = prototype_cross_entropy(*inputs, **options)
-    return [loss, *torch.autograd.grad(loss, inputs[:2])]
+    # A graph that outlives the call binds its leaves to the stream it was made on.
+    return [loss.detach(), *torch.autograd.grad(loss, inputs[:2])]
 
 
 @pytest.mark.parametrize("S", [None, 600])
@@ -98,14 +99,13 @@ def test_a_cuda_graph_replays_forward_and_backward(backend, S):
         bias = sinkhorn_bias(*inputs[2:], teacher_temp=temp, weight_norm=True, backend=backend)
         return loss_and_grads(inputs, **options | {"teacher_bias": bias})
 
-    expected = step()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step()
+        expected = step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         captured = step()
     with torch.no_grad():
         for x in captured:
