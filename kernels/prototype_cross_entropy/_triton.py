@@ -108,7 +108,8 @@ def _sweep(
     tiles, blocks = triton.cdiv(R, tile.BR), triton.cdiv(N, tile.BN)
     most = MAX_PARTIAL_BYTES // (4 * R * (D if values is not None else 2))
     n = num_splits(tiles, blocks, _num_programs(device), most)
-    tops, sums = torch.empty(2, n, R, dtype=torch.float32, device=device)
+    # Not halves of one tensor: how the second is aligned would depend on R, and compile anew.
+    tops, sums = (torch.empty(n, R, dtype=torch.float32, device=device) for _ in range(2))
     acc = None if values is None else tops.new_empty(n, R, D)
     BD = max(triton.next_power_of_2(D), 16)
     read = [rows, columns, None if is_shared else values]

@@ -120,6 +120,22 @@ def test_descriptors_move_blocks_by_the_bulk_copy_engine(launch):
     assert "UTMALDG" in report(launch, torch.bfloat16, 90).accesses
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("D", [256, 384])
+def test_merges_and_view_sums_build_without_spills(D, capability):
+    constants = {"D": D, "BD": 1 << (D - 1).bit_length()}
+    options = {"capability": capability, "num_warps": 2, "num_stages": 3}
+    names = ("acc_ptr", "max_ptr", "sum_ptr", "out_ptr", "lse_ptr")
+    types = dict.fromkeys(names, "*fp32") | {"R": "i32", "splits": "i32"}
+    merge = compile_report(_sweep._merge_kernel, types, constants, aligned=names, **options)
+    types = {"student_ptr": "*bf16", "row_weight_ptr": "*fp32", "order_ptr": "*i64"}
+    types |= {"starts_ptr": "*i64", "out_ptr": "*bf16", "stride_z": "i32"}
+    sums = compile_report(_sweep._view_sum_kernel, types, constants, aligned=types, **options)
+    for built in (merge, sums):
+        assert built.spill_bytes == 0
+        assert built.mma == {}
+
+
 def test_report_sees_the_spills_of_a_tile_that_is_too_large():
     tile = _triton.Sweep(128, 128, 4, 1)
     assert report("separate", torch.bfloat16, 90, tile=tile).spill_bytes > 0
