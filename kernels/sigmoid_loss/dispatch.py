@@ -2,7 +2,7 @@
 
 "triton" makes logits and G in one kernel; its product is slower than the library's, more so the
 wider the embedding. "cublas" lets the library make every product and pays one pass over a chunk of
-logits in memory, whatever the width. All reasons are modelled from data sheets, none is measured.
+logits in memory, whatever the width. Hopper's reason is measured, the others are modelled.
 """
 
 from typing import NamedTuple
@@ -33,17 +33,10 @@ RULES = (
     Rule(
         (9,),
         _HALF,
-        768,
-        "triton",
-        "4 bytes a pair through memory cost what the slower product and its epilogue cost,"
-        " and logits stay float32",
-    ),
-    Rule(
-        (9,),
-        _HALF,
         None,
-        "cublas",
-        "the product's lag grows with D, the pass over the logits does not",
+        "triton",
+        "measured on an H100, bf16: 34.1 against 38.2 ms at 65,536 pairs and D = 768, 11.3 against"
+        " 12.2 at 32,768 and D = 1,152; and logits stay float32",
     ),
     Rule(
         (10,),
