@@ -32,13 +32,13 @@ RULES = (
         torch.bfloat16,
         MAX_D,
         "triton",
-        "no logit through memory, where eager passes move 60 bytes for each",
+        "no logit through memory, where eager passes move some 130 bytes for each pair of them",
     ),
     Rule(
         torch.float16,
         MAX_D,
         "triton",
-        "no logit through memory, where eager passes move 60 bytes for each",
+        "no logit through memory, where eager passes move some 130 bytes for each pair of them",
     ),
 )
 
