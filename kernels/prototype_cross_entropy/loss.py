@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._core.backend import Backend
+from .._core.scaled import scaled
 from . import reference
 from .inputs import product_weight
 from .op import fwd, make_plan, weight_norm_bwd
@@ -44,19 +45,14 @@ class PrototypeLoss(torch.autograd.Function):
         dstudent, dweight, factor, normed = ctx.saved_tensors
         # A loss scaler's factor arrives before the rounding.
         scale = dloss * factor
-        found = [None, None]
+        found_student = found_weight = None
         if ctx.needs[0]:
-            found[0] = _scaled(dstudent, scale, ctx.dtypes[0])
+            found_student = scaled(dstudent, scale, ctx.dtypes[0])
         if ctx.needs[1] and normed is None:
-            found[1] = _scaled(dweight, scale, ctx.dtypes[1])
+            found_weight = scaled(dweight, scale, ctx.dtypes[1])
         elif ctx.needs[1]:
-            found[1] = weight_norm_bwd(dweight, normed, scale, ctx.backend)
-        return (*found, *[None] * 6)
-
-
-def _scaled(d: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # out= scales and rounds in one pass.
-    return torch.mul(d, scale, out=torch.empty_like(d, dtype=dtype))
+            found_weight = weight_norm_bwd(dweight, normed, scale, ctx.backend)
+        return found_student, found_weight, None, None, None, None, None, None
 
 
 def prototype_cross_entropy(
