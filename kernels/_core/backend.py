@@ -12,7 +12,7 @@ Backend = Literal["reference", "chunked", "cublas", "triton", "cuda"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = find_spec("triton") is not None
-_DEFAULT_ON_CPU = ("chunked", "reference")
+_DEFAULT_ON_CPU = ("chunked", "torch", "reference")
 
 
 def has_triton() -> bool:
@@ -40,8 +40,8 @@ def choose(asked: str | None, unsupported: Mapping[str, str | None], device: tor
         asked: A name, which never falls back; None for the fastest that takes the input.
         unsupported: Each backend of the op, fastest first, to its reason for not taking the
             input; None means it can.
-        device: Where the input lives; on the CPU None means "chunked", or "reference" where an
-            op has no chunked form.
+        device: Where the input lives; on the CPU None means "chunked", else "torch" where the
+            library's own is as good, else "reference".
 
     Raises:
         ValueError: The op has no backend of that name.

@@ -50,8 +50,6 @@ def _run(tensors: Tensors, settings: Settings, backend: Backend | None) -> None:
     if not tensors.params:
         return
     device = tensors.params[0].device
-    if backend is None and device.type == "cpu":
-        backend = "torch"
     name = choose(backend, _unsupported(tensors, settings), device)
     with torch.no_grad():
         _backend(name).step(tensors, settings)
