@@ -79,9 +79,33 @@ class LocCaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelfDistillationConfig:
+    """The last fifth: self-distillation and masked prediction (SigLIP 2, section 2.3).
+
+    A weight of 0 builds none of what its loss needs. Sizes and rates that are not here:
+    siglip2/self_distillation/config.py.
+    """
+
+    start_share: float = 0.8  # of train.examples seen when the stage begins (section 2.3)
+    distillation_weight: float = 0.0  # local views against the teacher's global one; the recipe: 1
+    masked_weight: float = 0.0  # hidden patches against the teacher's; the recipe: 0.25
+    size_factor: float | None = None  # of both; None: by width as published (B: 0.25, So400m: 1)
+    prototypes: int = 65_536  # of each head; not published: SILC's, from memory
+    hidden_width: int = 2048  # of the heads' MLPs; not published: DINO's
+    bottleneck: int = 256  # width of what is compared with prototypes; not published: DINO's
+    ema_momentum: float = 0.966  # of the teacher, a step; not published: SILC's, from memory
+    ema_scope: Literal["full", "heads"] = "full"  # section 2.3; "heads": the tower teaches (TIPSv2)
+    balance: Literal["centring", "sinkhorn"] = "centring"  # of prototypes; not published
+    pack: Literal["all", "branch"] = "all"  # one pass, or one a view kind: a third of the memory
+    mask_layout: Literal["random", "blocks"] = "random"  # of hidden patches; not published
+    num_local: int = 8  # local views an image (section 2.3)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with the published meaning of weight decay (SigLIP 2, section 2.1)."""
 
+    name: Literal["adamw", "fused_adamw"] = "adamw"  # torch's; ours averages the teacher as it goes
     lr: float = 1e-3  # peak
     beta1: float = 0.9  # not published
     beta2: float = 0.95  # SigLIP, section 4.7: 0.999 is unstable at large batches
@@ -140,6 +164,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     locca: LocCaConfig = field(default_factory=LocCaConfig)
+    ssl: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dist: DistConfig = field(default_factory=DistConfig)

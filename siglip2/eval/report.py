@@ -8,6 +8,7 @@ from typing import Any
 
 from siglip2.errors import DataError, require
 from siglip2.eval.charts import line_chart, number
+from siglip2.eval.dense_report import dense_section
 from siglip2.eval.gallery import Gallery, load_gallery
 from siglip2.eval.locca import LocCaResult
 from siglip2.eval.locca_examples import FOLDER, load_examples
@@ -141,6 +142,9 @@ def _curves(rows: Rows) -> str:
     if len(terms) > 1:
         series = {term[len("train/") : -len("_loss")]: _series(rows, term) for term in terms}
         charts.insert(1, line_chart(series, title="Losses"))
+    spreads = {name: _series(rows, f"train/{name}_teacher_spread") for name in ("image", "patch")}
+    title = "Self-distillation: spread of the teacher's answers"
+    charts.append(line_chart(spreads, title=title, from_zero=True))
     keys = sorted({k for row in rows for k in row if k.endswith("/mean/i2t_r1")})
     recalls = {k[len("val/") : -len("/mean/i2t_r1")]: _series(rows, k) for k in keys}
     charts.append(line_chart(recalls, title="R@1, image to caption", from_zero=True))
@@ -239,6 +243,11 @@ def write_report(run_dir: str | Path, *, compare: str | Path | None = None) -> P
         links.append(("locca", "Captions and boxes"))
         body.append('<h2 id="locca">Captions and boxes</h2>')
         body.append(_locca(run_dir, rows, result["locca"]))
+    if result.get("dense"):
+        links.append(("dense", "Dense features"))
+        others = {} if compare is None else _read_json(Path(compare) / "eval.json")
+        body.append('<h2 id="dense">Dense features</h2>')
+        body.append(dense_section(result["dense"], others.get("dense", {})))
     if gallery.sources:
         links.append(("examples", "Examples"))
         body.append(_galleries(gallery))

@@ -62,6 +62,7 @@ class EvalResult:
     device: str
     budgets: list[dict[str, Any]] = field(default_factory=list)
     locca: dict[str, "LocCaResult"] = field(default_factory=dict)
+    dense: dict[str, dict[str, float | int]] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Flat scalars: `val/<source>/<subset>/<language or mean>/i2t_r1`, `.../zero_shot/top1`."""
@@ -81,6 +82,8 @@ class EvalResult:
             flat |= {f"{prefix}/{k}": v for k, v in row["mean"].items() if type(v) is float}
         for source, found in self.locca.items():
             flat |= {f"val/{source}/locca/{k}": v for k, v in found.metrics().items()}
+        for source, found in self.dense.items():
+            flat |= {f"val/{source}/dense/{k}": v for k, v in found.items() if type(v) is float}
         return flat
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +93,7 @@ class EvalResult:
             "sources": self.sources,
             "budgets": self.budgets,
             "locca": {source: found.to_dict() for source, found in self.locca.items()},
+            "dense": self.dense,
             "metrics": self.metrics(),
         }
 

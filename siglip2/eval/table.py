@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from siglip2.eval.dense_report import dense_rows
 from siglip2.eval.runner import EvalResult
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def format_table(
 ) -> str:
     """Recalls in percent, a line for each source, subset and language; then zero-shot accuracies.
 
-    Then, where it was evaluated, what a captioning decoder says.
+    Then, where it was evaluated, what a captioning decoder says and what dense features know.
 
     `language` shows only that one beside the mean; else the languages that count in it, at most
     `max_languages`.
@@ -66,6 +67,9 @@ def format_table(
     if result.locca:
         options = {"language": language, "max_languages": max_languages}
         lines += ["", format_locca_table(result.locca, **options)]
+    if result.dense:
+        lines += ["", "Dense features: linear probe on patches, k-NN on embeddings, in percent:"]
+        lines += _aligned(dense_rows(result.dense), num_words=1)
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from ..config import (
     LocCaConfig,
     ModelConfig,
     OptimConfig,
+    SelfDistillationConfig,
     TrainConfig,
 )
 from ..errors import ConfigError
@@ -99,6 +100,24 @@ def locca_quickstart() -> Config:
     )
 
 
+def ssl_quickstart() -> Config:
+    """Sigmoid loss on scenes, its last fifth with self-distillation and masked prediction."""
+    start = locca_quickstart()
+    return replace(
+        start,
+        locca=LocCaConfig(),
+        ssl=SelfDistillationConfig(
+            distillation_weight=1.0,
+            masked_weight=0.25,
+            size_factor=1.0,
+            prototypes=1024,
+            hidden_width=256,
+            bottleneck=64,
+        ),
+        train=replace(start.train, output_dir="runs/ssl-quickstart"),
+    )
+
+
 def naflex_quickstart() -> Config:
     """The quick start at native aspect ratios: packed batches of 16, 36 or 64 patches an image."""
     start = quickstart()
@@ -143,6 +162,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "finetune": finetune,
     "b16-256": b16_256,
     "locca-quickstart": locca_quickstart,
+    "ssl-quickstart": ssl_quickstart,
     "naflex-quickstart": naflex_quickstart,
     "b16-naflex": b16_naflex,
 }

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _BLOCKS = 12  # rectangles drawn for an image; those that are not needed are not used
 _MIN_BLOCK = 4  # patches (DINOv2)
@@ -29,6 +29,18 @@ class Masks(NamedTuple):
     def all_weights(self, visible: float) -> Tensor:  # (T,)
         """Of all patches: hidden ones of an image sum to 1, the others to `visible`."""
         return torch.where(self.mask, self.hidden_share, visible * self.visible_share)
+
+
+class MaskToken(nn.Module):
+    """What hidden patches become. A module, so that FSDP2 can shard it as a root of its own."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        nn.init.normal_(self.weight, std=0.02)  # not published
+
+    def forward(self) -> Tensor:  # (D,)
+        return self.weight.clone()  # hooks of FSDP2 are on what comes out: no parameter
 
 
 def draw_masks(

@@ -24,7 +24,7 @@ from .config import SslConfig
 from .encode import View, encode
 from .heads import TaughtHead
 from .losses import MaskedPredictionLoss, SelfDistillationLoss, Targets
-from .masks import Masks, draw_masks
+from .masks import Masks, MaskToken, draw_masks
 from .teacher import (
     Momentum,
     Pairs,
@@ -64,7 +64,8 @@ class SslStage(nn.Module):
     teaches and heads alone are averaged.
 
     Under FSDP2 give `teacher`, and `student` and `teacher` of each of `heads`, the `fully_shard`
-    calls of the student's tower: then `begin` and `update_teacher` work on local shards.
+    calls of the student's tower, and `mask_token` one: then `begin` and `update_teacher` work on
+    local shards.
 
     Args:
         momentum: Of examples seen; None: `config.ema_momentum` throughout.
@@ -100,8 +101,7 @@ class SslStage(nn.Module):
             self.distillation = SelfDistillationLoss(K, **options)
         if self.masked_weight > 0:
             self.masked = MaskedPredictionLoss(K, **options)
-            self.mask_token = nn.Parameter(torch.empty(width))
-            nn.init.normal_(self.mask_token, std=0.02)  # not published
+            self.mask_token = MaskToken(width)
         if config.ema_scope == "full":
             self.teacher = frozen(VisionTower(vision))
         self.register_buffer("has_begun", torch.zeros((), dtype=torch.bool))
@@ -250,7 +250,8 @@ class SslStage(nn.Module):
             seen.append(View(views.global_view, prepared.masks.mask))
         if has_local:
             seen.append(View(views.local_views))
-        outputs = iter(encode(student, seen, prepared.dtype, self.mask_token))
+        token = self.mask_token() if is_masked else None
+        outputs = iter(encode(student, seen, prepared.dtype, token))
         losses, report = {}, {}
         whole = None if original is None else next(outputs)
         if is_masked:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.inputs import batch_size, take_images
+from ..self_distillation import take_prepared
 from .parallel import gradient_sync, unwrapped
-from .task import IMAGE_IDS, TEXT_IDS, Cached, Losses, Siglip2Task, normalize_batch, task_totals
+from .task import IMAGE_IDS, TEXT_IDS, Cached, Losses, Siglip2Task, task_totals
 
 
 def accumulate(
@@ -29,17 +30,37 @@ def accumulate(
 
     Raises ValueError when there are fewer images or texts than parts.
     """
-    batch = normalize_batch(batch)
+    batch = unwrapped(task).prepared(batch)
     parts = list(_split(batch, num_parts))
     shares = _contrast(unwrapped(task), batch, parts)
     totals: Losses = {}
     for number, (part, cached) in enumerate(zip(parts, shares, strict=True), 1):
-        with gradient_sync(task, number == num_parts):
-            losses, report = task(part, cached=cached)
-            losses["loss"].backward()
+        losses, report = run_passes(task, part, cached=cached, is_last=number == num_parts)
         for name, value in losses.items():  # each is this part's share
-            totals[name] = totals.get(name, 0.0) + value.detach()
+            totals[name] = totals.get(name, 0.0) + value
     return {**totals, "sigmoid_loss": sum(share.loss for share in shares)}, report
+
+
+def run_passes(
+    task: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    cached: Cached | None = None,
+    is_last: bool = True,  # part of the batch: gradients cross ranks with its last pass
+) -> tuple[Losses, dict[str, Tensor]]:
+    """Forward and backward of each of a `Siglip2Task`'s passes; what is left adds up to one."""
+    batch, passes = unwrapped(task).prepared(batch), unwrapped(task).passes
+    totals: Losses = {}
+    report: dict[str, Tensor] = {}
+    for number, only in enumerate(passes, 1):
+        with gradient_sync(task, is_last and number == len(passes)):
+            losses, said = task(batch, cached=cached, only=only)
+            losses["loss"].backward()
+        report |= said
+        for name, value in losses.items():
+            value = value.detach()
+            totals[name] = totals[name] + value if name in totals else value
+    return totals, report
 
 
 def _contrast(
@@ -84,7 +105,7 @@ def _split(batch: Mapping[str, Any], num_parts: int) -> Iterator[Mapping[str, An
         of_texts = [num_texts * i // num_parts for i in range(num_parts + 1)]
     else:
         of_texts = [i * (num_texts // num_images) for i in of_images]
-    said = batch.get("task_texts")
+    said, prepared = batch.get("task_texts"), batch.get("prepared")
     totals = None if said is None else task_totals(said, batch["text"].device)
     for (i, j), (k, m) in zip(pairwise(of_images), pairwise(of_texts), strict=True):
         yield {
@@ -93,4 +114,5 @@ def _split(batch: Mapping[str, Any], num_parts: int) -> Iterator[Mapping[str, An
             **{key: batch[key][i:j] for key in IMAGE_IDS if key in batch},
             **{key: batch[key][k:m] for key in TEXT_IDS if key in batch},
             **({} if said is None else {"task_texts": said[i:j], "task_totals": totals}),
+            **({} if prepared is None else {"prepared": take_prepared(prepared, i, j)}),
         }

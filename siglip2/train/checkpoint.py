@@ -30,6 +30,7 @@ class Progress(NamedTuple):
     examples: int
     loader: dict[str, Any]
     time_s: float  # spent training
+    has_stage: bool = False  # of self-distillation: heads, teacher and centres are in there
 
 
 def is_main() -> bool:
@@ -88,17 +89,28 @@ def save(
     return final
 
 
+def read_progress(path: Path) -> Progress:
+    """What a checkpoint says of itself.
+
+    Raises CheckpointError when `path` is no checkpoint or is damaged.
+    """
+    if not (path / META).is_file():
+        raise CheckpointError(f"need a checkpoint folder with {META}; got {path}")
+    try:
+        return Progress(**json.loads((path / META).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Read weights and optimiser state in place, on any number of ranks.
 
     Raises CheckpointError when `path` is no checkpoint, is damaged, or is of another model.
     """
-    if not (path / META).is_file():
-        raise CheckpointError(f"need a checkpoint folder with {META}; got {path}")
+    progress = read_progress(path)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
-        progress = Progress(**json.loads((path / META).read_text()))
         with _one_process_is_fine():
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (
@@ -109,10 +121,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Prog
         KeyError,
         dcp.CheckpointException,
     ) as error:
-        raise CheckpointError(
-            f"cannot read checkpoint {path}: {_first_line(error)}. Delete it to resume from the"
-            " one before, or pass train.resume=never"
-        ) from error
+        raise _unreadable(path, error) from error
     set_state_dict(
         model,
         optimizer,
@@ -128,6 +137,13 @@ def _one_process_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read checkpoint {path}: {_first_line(error)}. Delete it to resume from the"
+        " one before, or pass train.resume=never"
+    )
 
 
 def _first_line(error: BaseException) -> str:

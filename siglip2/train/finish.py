@@ -38,6 +38,7 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
 
 def evaluate_run(run: Any, model: Siglip2, decoder: Decoder | None) -> Any:
     """Numbers of a run's model, and of its decoder, on its `data.val`: an `EvalResult`."""
+    from ..eval.dense_report import add_dense
     from ..eval.locca import add_locca, make_speaker
     from ..eval.runner import evaluate
 
@@ -52,6 +53,7 @@ def evaluate_run(run: Any, model: Siglip2, decoder: Decoder | None) -> Any:
             seen_budgets=run.config.data.patch_budgets,
             progress=progress,
         )
+        result = add_dense(result, model, sources, run.config.data, config, progress=progress)
         speaker = make_speaker(model, decoder, run.tokenizer, run.transform)
         return add_locca(result, speaker, sources, config, progress=progress)
 
@@ -90,6 +92,7 @@ def finish(run: Any, model: Siglip2, decoder: Decoder | None) -> None:
 def evaluate_model(where: str, config: Config, *, language: str | None, out: str | None) -> None:
     """`siglip2 eval`: a model from disk on one source."""
     from ..data.tokenizer import get_tokenizer
+    from ..eval.dense_report import add_dense
     from ..eval.locca import add_locca, find_speaker
     from ..eval.runner import evaluate
     from ..eval.table import print_result
@@ -106,6 +109,7 @@ def evaluate_model(where: str, config: Config, *, language: str | None, out: str
     sources, speaker = val_sources(config), find_speaker(path, model, tokenizer, transform)
     with status("evaluating") as progress:
         result = evaluate(model, sources, transform, tokenizer, config.eval, progress=progress)
+        result = add_dense(result, model, sources, config.data, config.eval, progress=progress)
         result = add_locca(result, speaker, sources, config.eval, progress=progress)
     print_result(result, language=language)
     if out:

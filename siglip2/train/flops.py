@@ -63,7 +63,10 @@ FLOPS = {
     _ours.prototype_cross_entropy: _prototype_cross_entropy_flops,
     _ours.prototype_lse: _prototype_lse_flops,
     _ours.sigmoid_loss: _sigmoid_loss_flops,
-    _ours.varlen_attention: _attention_flops(2),
+    _ours.varlen_attention: lambda *args, **options: _attention_flops(2)(
+        *args[:-1],  # without the backward's backend
+        **options,
+    ),
     _ours.varlen_attention_bwd: lambda dout, *args, **options: _attention_flops(5)(
         *args, **options
     ),

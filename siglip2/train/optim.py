@@ -1,7 +1,5 @@
 """AdamW over the parameters that the published recipe decays, and those that it does not."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 
@@ -27,18 +25,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def adamw(
-    model: nn.Module,
-    config: OptimConfig,
-    *,
-    name: Literal["adamw", "fused_adamw"] = "adamw",
-) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW, torch's or ours; each group keeps its peak rate under "peak_lr"."""
-    groups = parameter_groups(model, config.weight_decay)
-    for group in groups:
-        group["peak_lr"] = config.lr
+    groups = _groups(model, config)
     # torch's eps, 1e-8: none is published
     rules = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": 1e-8}
-    if name == "fused_adamw":
+    if config.name == "fused_adamw":
         return FusedAdamW(groups, **rules)
     return torch.optim.AdamW(groups, **rules, fused=True)
+
+
+def add_parameters(
+    optimizer: torch.optim.Optimizer, module: nn.Module, config: OptimConfig
+) -> None:
+    """Train `module` as well, from now on; the state of all others stays as it is."""
+    for group in _groups(module, config):
+        optimizer.add_param_group(group)
+
+
+def _groups(module: nn.Module, config: OptimConfig) -> list[dict]:
+    return [
+        {**group, "peak_lr": config.lr} for group in parameter_groups(module, config.weight_decay)
+    ]

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..models.decoder import Decoder
 from ..models.siglip2 import Siglip2
+from ..self_distillation import SslStage
 from .task import Siglip2Task
 
 Strategy = Literal["ddp", "fsdp"]
@@ -60,9 +61,25 @@ def wrap(task: Siglip2Task, strategy: Strategy) -> nn.Module:
     if world_size() == 1:
         return task
     if strategy == "ddp":
-        # Without device_ids: DDP would move a batch's host sizes to the device as well.
-        return nn.parallel.DistributedDataParallel(task)
+        return _ddp(task)
     return _fsdp(task)
+
+
+def wrap_again(task: nn.Module, strategy: Strategy) -> nn.Module:
+    """What `wrap` gave, after its task got a stage of self-distillation."""
+    inner = unwrapped(task)
+    if world_size() == 1:
+        return task
+    if strategy == "ddp":
+        task._remove_autograd_hooks()  # else the old wrapper sends gradients too
+        return _ddp(inner)
+    _shard_stage(inner.ssl)
+    return task
+
+
+def _ddp(task: Siglip2Task) -> nn.Module:
+    # Without device_ids: DDP would move a batch's host sizes to the device as well.
+    return nn.parallel.DistributedDataParallel(task)
 
 
 def _fsdp(task: Siglip2Task) -> nn.Module:
@@ -73,9 +90,7 @@ def _fsdp(task: Siglip2Task) -> nn.Module:
     """
     model = task.model
     for tower in (model.vision, model.text):
-        for block in tower.encoder.blocks:
-            fully_shard(block)
-        fully_shard(tower)
+        _shard_tower(tower)
     if task.locca is not None:
         for block in task.locca.decoder.blocks:
             fully_shard(block)
@@ -84,7 +99,26 @@ def _fsdp(task: Siglip2Task) -> nn.Module:
     # here.
     for scalar in (model.log_scale, model.bias):
         scalar.register_post_accumulate_grad_hook(_average)
+    if task.ssl is not None:
+        _shard_stage(task.ssl)
     return task
+
+
+def _shard_tower(tower: nn.Module) -> None:
+    for block in tower.encoder.blocks:
+        fully_shard(block)
+    fully_shard(tower)
+
+
+def _shard_stage(stage: SslStage) -> None:
+    """As the student is."""
+    if stage.teacher is not None:
+        _shard_tower(stage.teacher)
+    for head in stage.heads.values():
+        fully_shard(head.student)
+        fully_shard(head.teacher)
+    if stage.mask_token is not None:
+        fully_shard(stage.mask_token)
 
 
 def _average(parameter: nn.Parameter) -> None:
@@ -101,13 +135,18 @@ def _average(parameter: nn.Parameter) -> None:
 
 @contextmanager
 def gradient_sync(task: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether gradients of a forward and backward inside cross ranks, or wait for a later one."""
+    """Whether gradients of a forward and backward inside cross ranks, or wait for a later one.
+
+    FSDP2's of the stage do not wait: the last pass of a step may be none of theirs.
+    """
     if isinstance(task, nn.parallel.DistributedDataParallel) and not enabled:
         with task.no_sync():
             yield
         return
+    stage = unwrapped(task).ssl
+    apart = set() if stage is None else set(stage.modules())
     for module in task.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and module not in apart:
             module.set_requires_gradient_sync(enabled, recurse=False)
             module.set_is_last_backward(enabled)
     yield

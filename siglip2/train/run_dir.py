@@ -35,6 +35,8 @@ FREE_TO_CHANGE = [
     "train.report_to",
     "train.accum_steps",
     "train.on_nonfinite",
+    "optim.name",
+    "ssl.pack",
     "dist.strategy",
     "dist.loss",
     "dist.check_shapes",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import Config, DataConfig, LocCaConfig
+from ..config import Config, DataConfig, LocCaConfig, SelfDistillationConfig
 from ..data.budgets import Budgets, attention_tokens
 from ..errors import ConfigError
 from ..locca import LocCaLoss, TextDraws
@@ -179,6 +179,7 @@ def check(config: Config) -> None:
         )
     if not 0 <= config.locca.parallel_share <= 1:
         faults.append(f"locca.parallel_share: need 0 to 1; got {config.locca.parallel_share}")
+    faults += _ssl_faults(config.ssl)
     try:
         vision = architecture(config.model.name).vision
     except ValueError as error:
@@ -187,6 +188,26 @@ def check(config: Config) -> None:
         faults += _naflex_faults(config, is_naflex=vision.is_naflex)
     if faults:
         raise ConfigError("; ".join(faults))
+
+
+def _ssl_faults(ssl: SelfDistillationConfig) -> list[str]:
+    faults = []
+    for name in ("prototypes", "hidden_width", "bottleneck", "size_factor"):
+        value = getattr(ssl, name)
+        if value is not None and value <= 0:
+            faults.append(f"ssl.{name}: need more than 0; got {value}")
+    for name in ("distillation_weight", "masked_weight", "num_local"):
+        if getattr(ssl, name) < 0:
+            faults.append(f"ssl.{name}: need 0 or more; got {getattr(ssl, name)}")
+    for name in ("start_share", "ema_momentum"):
+        if not 0 <= getattr(ssl, name) <= 1:
+            faults.append(f"ssl.{name}: need 0 to 1; got {getattr(ssl, name)}")
+    if ssl.distillation_weight > 0 and ssl.num_local == 0:
+        faults.append(
+            "ssl.num_local: need 1 or more with ssl.distillation_weight; got 0. Masked prediction"
+            " alone needs none: set ssl.distillation_weight=0"
+        )
+    return faults
 
 
 def _naflex_faults(config: Config, *, is_naflex: bool) -> list[str]:

@@ -10,7 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import NonFiniteLossError
-from .accumulate import accumulate
+from .accumulate import accumulate, run_passes
+from .fused_adamw import FusedAdamW
+from .parallel import unwrapped
+from .ssl_stage import update_teacher
+from .task import Siglip2Task
 
 
 class TrainStep:
@@ -53,7 +57,6 @@ class TrainStep:
         self.debug_dir = None if debug_dir is None else Path(debug_dir)
         self.num_steps = 0
         self.num_skipped = 0
-        self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
         self._can_skip = all(g.get("fused") for g in optimizer.param_groups)
         self._pending: tuple[int, Tensor, dict[str, Tensor], Mapping[str, Any]] | None = None
 
@@ -73,7 +76,7 @@ class TrainStep:
         self.check()
         losses = {name: value.detach() for name, value in losses.items()}
         self._pending = (self.num_steps, bad, {**losses, "grad_norm": norm}, batch)
-        self._update(bad)
+        self._update(bad, examples)
         self.num_steps += 1
         if bad.device.type == "cpu":
             self.check()
@@ -99,9 +102,15 @@ class TrainStep:
         parts = max(self.accum_steps, batch.get("accum_steps", 1))
         if parts > 1:
             return accumulate(self.task, batch, parts)
+        if isinstance(unwrapped(self.task), Siglip2Task):
+            return run_passes(self.task, batch)
         losses, report = self.task(batch)
         losses["loss"].backward()
         return losses, report
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for g in self.optimizer.param_groups for p in g["params"]]
 
     def _set_lr(self, examples: float) -> float:
         share = self.schedule(examples)
@@ -124,13 +133,26 @@ class TrainStep:
         else:
             nn.utils.clip_grads_with_norm_(self._parameters, self.grad_clip_norm, norm)
 
-    def _update(self, bad: Tensor) -> None:
+    def _update(self, bad: Tensor, examples: float) -> None:
+        task = unwrapped(self.task)
+        stage = task.ssl if isinstance(task, Siglip2Task) else None
+        momentum = None if stage is None else stage.momentum(examples)
+        if momentum is not None and isinstance(self.optimizer, FusedAdamW):
+            self.optimizer.momentum = momentum
         if self._can_skip:
             self.optimizer.found_inf = bad.float()
             self.optimizer.step()
         elif not bool(bad):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if stage is not None:
+            update_teacher(
+                stage,
+                task.model.vision,
+                self.optimizer,
+                momentum=momentum,
+                found_inf=bad.float(),
+            )
 
     def _save(self, step: int, batch: Mapping[str, Any]) -> Path | None:
         if self.debug_dir is None:

@@ -1,7 +1,7 @@
 """What a batch costs: the model and its objectives, under open_clip's task contract."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,15 +12,19 @@ from ..locca import LocCaLoss
 from ..locca.packing import PackedTexts, Totals, count_texts
 from ..locca.tasks import TASKS, TaskText
 from ..losses import SigLipLoss
-from ..models.inputs import HF_KEYS, batch_size, token_counts
+from ..models.inputs import HF_KEYS, batch_size, token_counts, vision_inputs
 from ..models.siglip2 import Siglip2, normalize
 from ..models.vision import VisionOutput
+from ..self_distillation import SslOutput, SslStage
 
 IMAGE_IDS = ("image_ids", "image_ignore_ids")
 TEXT_IDS = ("text_ids", "text_ignore_ids")
 TASK_TEXTS = ("task_texts", "task_totals")
+VIEWS = ("view_seed", "prepared")
+_OPTIONAL = IMAGE_IDS + TEXT_IDS + TASK_TEXTS + VIEWS
 
 Losses = dict[str, Tensor]
+Pass = Literal["all", "original", "masked", "local"]
 
 
 class Cached(NamedTuple):
@@ -53,13 +57,19 @@ class Siglip2Task(nn.Module):
     tokens of the pass whose pooled embeddings the sigmoid loss takes. Its means are over the texts
     of all ranks, as the mean of the ranks' losses.
 
+    With `ssl`, the last fifth of the recipe (`SslStage`, begun already), the decoder and the
+    sigmoid loss see the images as they are, and the stage's losses views of them that the batch's
+    "view_seed" decides. `passes` names what a step calls, one after another: everything in one
+    packed pass, or a pass and a backward for each kind of view (`ssl.config.pack`).
+
     With `cached`, `batch` is one part of a batch whose contrastive loss is known already
     (see `siglip2.train.accumulate`).
 
     Args:
         locca_weight: Of the decoder's loss beside the sigmoid loss (SigLIP 2, section 2.2: equal).
 
-    Raises ValueError for a batch of neither form, or without the texts that a decoder needs.
+    Raises ValueError for a batch of neither form, or without the texts that a decoder needs or the
+    seed that views need.
     """
 
     def __init__(
@@ -69,35 +79,76 @@ class Siglip2Task(nn.Module):
         loss: SigLipLoss | None = None,
         locca: LocCaLoss | None = None,
         locca_weight: float = 1.0,
+        ssl: SslStage | None = None,
     ):
         super().__init__()
         self.model = model
         self.sigmoid = loss or SigLipLoss(normalize=True)
         self.locca, self.locca_weight = locca, locca_weight
+        self.ssl = ssl
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        if self.ssl is None or self.ssl.config.pack == "all":
+            return ("all",)
+        return (*self.ssl.branches, "original")
 
     def forward(
-        self, batch: Mapping[str, Any], *, cached: Cached | None = None
+        self, batch: Mapping[str, Any], *, cached: Cached | None = None, only: Pass = "all"
     ) -> tuple[Losses, dict[str, Tensor]]:
-        batch = normalize_batch(batch)
+        batch = self.prepared(batch)
+        if only in ("masked", "local"):
+            taught = self.ssl(self.model.vision, batch["prepared"], branch=only)
+            return _summed(taught.losses), taught.report
         if cached is not None:
-            vision = self.model.forward_vision(batch["image"])
-            total, losses = self._known(batch, vision, cached), {}
+            seen = self._see(batch, only)
+            total, losses = self._known(batch, seen.original, cached), {}
         else:
-            seen: list[VisionOutput] = []
+            looks: list[SslOutput] = []
 
             def embed_images(batch: Mapping[str, Any]) -> Tensor:
-                seen.append(self.model.forward_vision(batch["image"]))
-                return self.pooled(seen[0])
+                looks.append(self._see(batch, only))
+                return self.pooled(looks[0].original)
 
             total = self.contrast(batch, self.embed_text(batch), embed_images)
-            [vision], losses = seen, {"sigmoid_loss": total.detach()}
-        report = self.report()
+            [seen], losses = looks, {"sigmoid_loss": total.detach()}
+        report = {**self.report(), **seen.report}
         if self.locca is not None:
-            said = self.locca(vision.tokens, self._texts(batch))
+            said = self.locca(seen.original.tokens, self._texts(batch))
             losses["locca_loss"] = said.loss.detach()
             report["token_accuracy"] = said.token_accuracy
             total = total + self.locca_weight * said.loss
-        return {"loss": total, **losses}, report
+        losses = {"loss": total, **losses}
+        if seen.losses:
+            losses |= _summed(seen.losses, total)
+        if only == "original":
+            trained = [p for p in self.ssl.parameters() if p.requires_grad]
+            losses["loss"] = _Visited.apply(losses["loss"], *trained)
+        return losses, report
+
+    def prepared(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch of either dialect under our keys, with what the teacher says of it."""
+        batch = normalize_batch(batch)
+        if self.ssl is None or "prepared" in batch:
+            return batch
+        if "view_seed" not in batch:
+            raise ValueError(
+                "need a batch with 'view_seed', the number that views and masks are drawn from;"
+                f" got {sorted(batch)}"
+            )
+        model, generator = self.model, torch.Generator(self.model.device)
+        generator.manual_seed(batch["view_seed"])
+        images, dtype = batch["image"], model.dtype
+        said = self.ssl.prepare(model.vision, images, generator=generator, dtype=dtype)
+        return {**batch, "prepared": said}
+
+    def _see(self, batch: Mapping[str, Any], only: Pass) -> SslOutput:
+        """The image tower on the images, and in the same pass on all views."""
+        model = self.model
+        if self.ssl is None or only == "original":
+            return SslOutput({}, {}, model.forward_vision(batch["image"]))
+        images = vision_inputs(batch["image"], model.architecture.vision, model.device)
+        return self.ssl(model.vision, batch["prepared"], original=images)
 
     def embed_text(self, batch: Mapping[str, Any]) -> Tensor:  # (M, D)
         """What the loss takes: as the tower leaves them when the loss normalises by itself."""
@@ -156,6 +207,29 @@ class Siglip2Task(nn.Module):
         return inner - inner.detach() + cached.loss
 
 
+def _summed(losses: Losses, total: Tensor | float = 0.0) -> Losses:
+    """`losses` without their graphs, and under "loss" their sum and `total`."""
+    for loss in losses.values():
+        total = total + loss
+    return {"loss": total, **{name: loss.detach() for name, loss in losses.items()}}
+
+
+class _Visited(torch.autograd.Function):
+    """`loss`, whose backward comes by parameters that earlier passes of the step have trained.
+
+    DDP sends gradients with the last pass, and waits there for every parameter's.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.num_parameters = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return dloss, *[None] * ctx.num_parameters
+
+
 def task_totals(texts: Sequence[Sequence[TaskText]], device: torch.device) -> Totals:
     """What means over the texts of all ranks divide by, a rank: their gradients are averaged."""
     mine = count_texts(texts)
@@ -179,7 +253,7 @@ def normalize_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if "pixel_values" in batch and "input_ids" in batch:
         naflex = all(key in batch for key in HF_KEYS)
         image = {key: batch[key] for key in HF_KEYS} if naflex else batch["pixel_values"]
-        more = {key: batch[key] for key in IMAGE_IDS + TEXT_IDS + TASK_TEXTS if key in batch}
+        more = {key: batch[key] for key in _OPTIONAL if key in batch}
         return {"image": image, "text": batch["input_ids"], **more}
     raise ValueError(
         "need a batch with 'image' and 'text', or 'pixel_values' and 'input_ids';"

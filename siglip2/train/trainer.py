@@ -33,6 +33,7 @@ from .parallel import (
     wrap,
 )
 from .run_dir import check_one_config, flatten, open_run, record, to_yaml
+from .ssl_stage import begin_stage, begins_at, describe_stage, view_seed
 from .step import TrainStep
 
 EVALUATION_TIMEOUT_S = 24 * 3600
@@ -97,6 +98,7 @@ class Run:
         )
         self.examples_a_step = config.train.batch_size * world_size()
         self.num_steps = math.ceil(config.train.examples / self.examples_a_step)
+        self.stage_begins_at = begins_at(config)
         self.progress = Progress(step=0, examples=0, loader={}, time_s=0.0)
         if resume_from is not None:
             self._resume(resume_from)
@@ -105,6 +107,16 @@ class Run:
     def model(self) -> torch.nn.Module:
         return unwrapped(self.task).model
 
+    @property
+    def stage_is_due(self) -> bool:
+        has_begun = unwrapped(self.task).ssl is not None
+        return not has_begun and self.progress.examples >= self.stage_begins_at
+
+    def begin_stage(self) -> None:
+        """Self-distillation and masked prediction, from the next step on."""
+        self.task = begin_stage(self.task, self.step.optimizer, self.config)
+        self.step.task = self.task
+
     def save(self) -> None:
         self.step.check()
         loader = merge_states(on_every_rank(self.progress.loader))
@@ -112,7 +124,7 @@ class Run:
             self.dir / "checkpoints",
             unwrapped(self.task),
             self.step.optimizer,
-            self.progress._replace(loader=loader),
+            self.progress._replace(loader=loader, has_stage=unwrapped(self.task).ssl is not None),
             keep=self.config.train.keep_checkpoints,
         )
 
@@ -132,6 +144,8 @@ class Run:
         return outcome[0]
 
     def _resume(self, path: Path) -> None:
+        if checkpoint.read_progress(path).has_stage and self.stage_begins_at < math.inf:
+            self.begin_stage()
         self.progress = checkpoint.load(path, unwrapped(self.task), self.step.optimizer)
         self.step.num_steps = self.progress.step
         self.loader.load_state_dict(self.progress.loader)
@@ -177,7 +191,11 @@ def loop(run: Run) -> None:
                 batch = next(batches)
             if clock.num_steps == 0:
                 _check_texts(run, batch["text"])
-            metrics = run.step(batch, examples=run.progress.examples)
+            if run.stage_is_due:
+                run.begin_stage()
+                bar.line(describe_stage(run.task, run.progress.step))
+            seed = view_seed(train_config.seed, rank(), run.progress.step)
+            metrics = run.step({**batch, "view_seed": seed}, examples=run.progress.examples)
             done = run.progress.step + 1
             run.progress = Progress(
                 step=done,

@@ -99,8 +99,7 @@ def sharded(task):
     for head in task.ssl.heads.values():
         fully_shard(head.student)
         fully_shard(head.teacher)
-    # No module's own: like the temperature it stays whole and averages its gradient.
-    task.ssl.mask_token.register_post_accumulate_grad_hook(lambda p: average(p.grad))
+    fully_shard(task.ssl.mask_token)
     return task
 
 

@@ -72,7 +72,7 @@ def by_definition(tower, stage, prepared):
     _, local = each_image(tower, views.local_views)
     log_q = (logits(image_head.student(local)) / 0.1).log_softmax(1).unflatten(0, (len(p), -1))
     distillation = -(p[:, None] * log_q).sum(-1).mean()
-    tokens, _ = each_image(tower, views.global_view, masks.mask, stage.mask_token)
+    tokens, _ = each_image(tower, views.global_view, masks.mask, stage.mask_token())
     log_q = (logits(patch_head.student(tokens.flatten(0, 1))) / 0.1).log_softmax(1)
     losses = -(p_patch * log_q.view_as(p_patch)).sum(-1)  # (B, n)
     masked = losses[hidden].view(len(p), -1).mean(1)

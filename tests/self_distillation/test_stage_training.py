@@ -99,7 +99,7 @@ def test_the_teacher_starts_as_the_student_and_the_optimiser_never_sees_it():
     groups = adamw(stage, OptimConfig()).param_groups
     seen = {id(p) for group in groups for p in group["params"]}
     wanted = {id(p) for head in stage.heads.values() for p in head.student.parameters()}
-    assert seen == wanted | {id(stage.mask_token)}
+    assert seen == wanted | {id(stage.mask_token.weight)}
     assert stage.teacher.posemb.dtype is torch.float32
     assert not stage.teacher.posemb.requires_grad
 
@@ -112,7 +112,7 @@ def test_views_are_drawn_where_the_tower_is():
 
 def test_what_is_off_is_not_built():
     both = {name for name, _ in SslStage(config(), VISION).named_children()}
-    assert both == {"heads", "distillation", "masked", "teacher"}
+    assert both == {"heads", "distillation", "masked", "mask_token", "teacher"}
     image = SslStage(config(masked_weight=0.0), VISION)
     assert (list(image.heads), image.masked, image.mask_token) == (["image"], None, None)
     assert image.branches == ("all",)

@@ -96,5 +96,6 @@ def test_all_faults_are_reported_at_once():
     assert "did you mean siglip2-base-patch16-256" in message
 
 
-def test_there_are_at_most_eighty_knobs():
-    assert len(flatten(dataclasses.asdict(Config()))) <= 80
+def test_there_are_at_most_ninety_knobs():
+    # Eighty, and what the last fifth of the recipe leaves open because nobody published it.
+    assert len(flatten(dataclasses.asdict(Config()))) <= 90

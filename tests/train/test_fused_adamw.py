@@ -1,6 +1,7 @@
 """The optimiser: torch's state both ways, teachers, shards, and its place in a training step."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def make_batch(number=0):
 def test_trains_as_torch_does():
     tasks = make_task(), make_task()
     steps = [
-        TrainStep(task, adamw(task, OPTIM, name=name), grad_clip_norm=0.1)
+        TrainStep(task, adamw(task, replace(OPTIM, name=name)), grad_clip_norm=0.1)
         for task, name in zip(tasks, ("fused_adamw", "adamw"), strict=True)
     ]
     for i in range(3):
@@ -202,7 +203,7 @@ def test_trains_as_torch_does():
 
 def test_a_non_finite_step_keeps_weights_state_and_teacher():
     task = make_task()
-    optimizer = adamw(task, OPTIM, name="fused_adamw")
+    optimizer = adamw(task, replace(OPTIM, name="fused_adamw"))
     optimizer.momentum = MOMENTUM
     table = task.model.vision.posemb
     teacher = table.detach() + 1
@@ -221,10 +222,10 @@ def test_a_non_finite_step_keeps_weights_state_and_teacher():
 @pytest.mark.parametrize("names", [("adamw", "fused_adamw"), ("fused_adamw", "adamw")])
 def test_checkpoints_load_into_the_other_and_leave_teachers_alone(tmp_path, names):
     task, resumed = make_task(), make_task()
-    first = adamw(task, OPTIM, name=names[0])
+    first = adamw(task, replace(OPTIM, name=names[0]))
     TrainStep(task, first)(make_batch())
     save(tmp_path, task, first, Progress(1, 6, {}, 0.0), keep=1)
-    second = adamw(resumed, OPTIM, name=names[1])
+    second = adamw(resumed, replace(OPTIM, name=names[1]))
     table = resumed.model.vision.posemb
     teacher = torch.zeros_like(table)
     if names[1] == "fused_adamw":
