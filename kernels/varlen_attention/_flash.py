@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._core.backend import has_triton
 from .plan import Layout
 
 
@@ -16,6 +17,8 @@ def unsupported(q: Tensor, layout: Layout, causal: bool) -> str | None:
         return f"needs a CUDA tensor, got {q.device}"
     if torch.version.hip is not None or torch.cuda.get_device_capability(q.device) < (8, 0):
         return "needs an NVIDIA GPU of compute capability 8.0 or later"
+    if not has_triton():
+        return "needs the package 'triton' (pip install triton)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16, got {q.dtype}"
     if q.shape[2] % 8 or q.shape[2] > 256:
@@ -39,15 +42,11 @@ def fwd(
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *qkv, *bounds, 0.0, causal, False, scale=scale
     )
-    # +inf is flash's log of an empty sum
-    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-    is_past = _is_past(out, layout.cu_seqlens)
-    return out.masked_fill_(is_past[:, None, None], 0), lse.masked_fill_(is_past, -torch.inf)
+    from ._rows_triton import clear_past
 
-
-def _is_past(x: Tensor, cu_seqlens: Tensor) -> Tensor:  # (T,)
-    """Rows behind the last sequence, which flash leaves unwritten."""
-    return torch.arange(x.shape[0], device=x.device) >= cu_seqlens[-1]
+    out = out.contiguous()  # it has the layout of q
+    clear_past(out, lse, layout.cu_seqlens)
+    return out, lse
 
 
 def bwd(
@@ -66,6 +65,7 @@ def bwd(
     grads = torch.ops.aten._flash_attention_backward(
         dout, *qkv, out, lse, *bounds, 0.0, causal, state, state.new_empty(0), scale=scale
     )
-    zero = dout.new_zeros(())  # `where` takes no number beside `out`
+    from ._rows_triton import place
+
     for d, grad, cu in zip(dqkv, grads, (bounds[0], bounds[1], bounds[1]), strict=True):
-        torch.where(_is_past(d, cu)[:, None, None], zero, grad, out=d)
+        place(grad.contiguous(), d, cu)

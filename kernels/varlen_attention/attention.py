@@ -34,11 +34,12 @@ def varlen_attention(
         lookahead: With `causal`, token i reads tokens j <= i + lookahead of its sequence: 0 is
             causal, the sequence's length both ways. So one call holds sequences of both kinds.
         scale: Of the scores; None means E ** -0.5.
-        plan: From `make_plan`, with which no program starts in vain and long sequences go first.
+        plan: From `make_plan`, with which no program starts in vain, long sequences go first, and
+            sequences of one length may go to cuDNN.
         return_lse: Also the log-sum-exp of each query's scores, natural log, without gradient.
 
-    Differentiable in q, k, v. Accumulates in float32. Deterministic, but for "varlen_attn", which
-    follows `torch.use_deterministic_algorithms`.
+    Differentiable in q, k, v. Accumulates in float32. Deterministic, but for the gradients of
+    "varlen_attn", which follow `torch.use_deterministic_algorithms`, and those of "cudnn".
 
     Raises:
         ValueError: A shape, dtype or device is wrong, or the plan is of other sequences.

@@ -46,8 +46,8 @@ def layout_of(
         _check_plan(plan, cu_seqlens, max_seqlen, max_seqlen_k)
     if lookahead is not None:
         _check_lookahead(lookahead, cu_seqlens)
-    sizes = (plan.max_seqlen, plan.max_seqlen_k)
-    return Layout(cu_seqlens, cu_seqlens_k, None, None, lookahead, plan.tiles, plan.order, *sizes)
+    rest = (plan.tiles, plan.order, plan.max_seqlen, plan.max_seqlen_k, plan.is_equal)
+    return Layout(cu_seqlens, cu_seqlens_k, None, None, lookahead, *rest)
 
 
 def _check_lookahead(lookahead: Tensor, cu_seqlens: Tensor) -> None:

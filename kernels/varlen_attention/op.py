@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .._core.backend import choose, no_triton
-from . import _chunked, _flash, dispatch, reference
+from . import _chunked, _cudnn, _flash, dispatch, reference
 from .inputs import check, layout_of
-from .plan import Layout
+from .plan import Layout, uniform_plan
 
-Backend = Literal["reference", "chunked", "triton", "varlen_attn"]
+Backend = Literal["reference", "chunked", "triton", "varlen_attn", "cudnn"]
 
 _LAYOUT = (
     "Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? used, Tensor? used_k, Tensor? lookahead, "
@@ -29,7 +29,9 @@ _LAYOUT = (
 )
 # qkv: three tensors, or one (T, 3, H, E), whose gradient is then one tensor too.
 torch.library.define(
-    "siglip2::varlen_attention", f"(Tensor[] qkv, {_LAYOUT}) -> (Tensor out, Tensor lse)"
+    "siglip2::varlen_attention",
+    # `backward` makes the gradients: the backends write and read one log-sum-exp.
+    f"(Tensor[] qkv, {_LAYOUT}, str backward) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "siglip2::varlen_attention_bwd",
@@ -42,7 +44,7 @@ def _backend(name: str):
         from . import _triton
 
         return _triton
-    return {"chunked": _chunked, "varlen_attn": _flash}[name]
+    return {"chunked": _chunked, "varlen_attn": _flash, "cudnn": _cudnn}[name]
 
 
 def _split(qkv: Sequence[Tensor]) -> Sequence[Tensor]:  # (T, H, E), (S, H, E), (S, H, E)
@@ -57,7 +59,7 @@ def _empty_outputs(qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (T, H, E)
 
 @torch.library.impl("siglip2::varlen_attention", "CompositeExplicitAutograd")
 def _(qkv, *rest):
-    *layout, causal, scale, backend = rest
+    *layout, causal, scale, backend, _ = rest
     q, k, v = _split(qkv)
     if q.numel() == 0 or k.numel() == 0 or layout[0].shape[0] == 1:
         out, lse = _empty_outputs(qkv)
@@ -95,7 +97,7 @@ _bwd = torch.ops.siglip2.varlen_attention_bwd.default
 
 def _setup(ctx, inputs, output):
     qkv, *layout = inputs[:8]
-    ctx.rest = inputs[8:]
+    ctx.rest = (*inputs[8:-2], inputs[-1])  # with the backward's backend
     ctx.save_for_backward(*output, *layout, *qkv)
 
 
@@ -103,7 +105,7 @@ def _grad(ctx, dout, dlse):
     saved = ctx.saved_tensors  # looked at once: a checkpoint unpacks them no second time
     out, lse, *layout = saved[:9]
     grads = _bwd(dout, list(saved[9:]), out, lse, *layout, *ctx.rest)
-    return grads, *([None] * 12)
+    return grads, *([None] * 13)
 
 
 torch.library.register_autograd("siglip2::varlen_attention", _grad, setup_context=_setup)
@@ -113,8 +115,12 @@ def _unsupported(q: Tensor, layout: Layout, causal: bool) -> dict[str, str | Non
     triton = no_triton(q)
     if triton is None:
         triton = _backend("triton").unsupported(q, layout, causal)
-    reasons = {"triton": triton, "varlen_attn": _flash.unsupported(q, layout, causal)}
-    first = dispatch.preferred(q, layout)
+    reasons = {
+        "triton": triton,
+        "varlen_attn": _flash.unsupported(q, layout, causal),
+        "cudnn": _cudnn.unsupported(q, layout, causal),
+    }
+    first = dispatch.preferred(q, layout).forward
     return (
         {first: reasons.pop(first)}
         | reasons
@@ -125,12 +131,23 @@ def _unsupported(q: Tensor, layout: Layout, causal: bool) -> dict[str, str | Non
     )
 
 
+def _backward_of(name: str, q: Tensor, layout: Layout, reasons: dict[str, str | None]) -> str:
+    """The backward's backend where none was asked for and `name` makes the forward."""
+    if name in ("chunked", "reference"):
+        return name
+    for other in (dispatch.preferred(q, layout).backward, "triton", "varlen_attn"):
+        if reasons[other] is None:
+            return other
+    return name
+
+
 def probe(device: torch.device) -> dict[str, str | None]:
     """Each backend's reason for not taking a training batch on `device`; None: it does."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     q = torch.empty(256, 12, 64, dtype=dtype, device=device)
     cu = torch.tensor([0, 256], dtype=torch.int32, device=device)
-    return _unsupported(q, layout_of(q, cu, 256, None, None, None), False)
+    plan = uniform_plan(1, 256, device)
+    return _unsupported(q, layout_of(q, cu, 256, None, None, plan), False)
 
 
 def attend(
@@ -146,9 +163,11 @@ def attend(
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"need scale > 0; got {scale}")
-    name = choose(backend, _unsupported(q, layout, causal), q.device)
+    reasons = _unsupported(q, layout, causal)
+    name = choose(backend, reasons, q.device)
     if name == "reference":
         out, lse = reference.varlen_attention(q, k, v, *layout[:5], causal=causal, scale=scale)
     else:
-        out, lse = _fwd(list(qkv), *layout, causal, scale, name)
+        backward = backend or _backward_of(name, q, layout, reasons)
+        out, lse = _fwd(list(qkv), *layout[:9], causal, scale, name, backward)
     return out, lse.detach()

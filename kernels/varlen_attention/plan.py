@@ -1,7 +1,7 @@
 """What kernels need to know of the lengths in a pack, made once a step on the host.
 
 Every layer and both passes share it. It holds tensors and two sizes rounded up to powers of two,
-so a compiled model meets few different ones.
+so a compiled model meets few different ones; those of sequences of one length stay as they are.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,12 @@ _TILES_MULTIPLE = 8  # of the power of two below: lists of tiles have eight leng
 class VarlenPlan(NamedTuple):
     cu_seqlens: Tensor  # (B+1,) int32
     cu_seqlens_k: Tensor  # (B+1,) int32; that of the queries for self-attention
-    max_seqlen: int  # rounded up
-    max_seqlen_k: int  # rounded up
+    max_seqlen: int  # rounded up, but where is_equal
+    max_seqlen_k: int  # rounded up, but where is_equal
     tiles: Tensor  # (n, 2) int32: sequence, tile of its queries; longest first, then (-1, 0)
     order: Tensor  # (B,) int32: sequences, longest first
+    # All sequences have max_seqlen queries and max_seqlen_k keys, neither of them rounded.
+    is_equal: bool = False
 
 
 class Layout(NamedTuple):
@@ -38,6 +40,7 @@ class Layout(NamedTuple):
     order: Tensor  # (B,) int32
     max_seqlen: int
     max_seqlen_k: int
+    is_equal: bool = False
 
 
 def tile_rows(max_seqlen: int) -> int:
@@ -65,7 +68,10 @@ def make_plan(
         got = f"{cu.shape[0] - 1} and {cu_k.shape[0] - 1}"
         raise ValueError(f"need as many lengths of keys as of queries; got {got}")
     sizes, sizes_k = cu.diff(), cu_k.diff()
-    longest, longest_k = (_bucket(int(n.max()) if n.numel() else 0) for n in (sizes, sizes_k))
+    is_equal = all(n.numel() and 0 < n.min() == n.max() for n in (sizes, sizes_k))
+    longest, longest_k = (int(n.max()) if n.numel() else 0 for n in (sizes, sizes_k))
+    if not is_equal:
+        longest, longest_k = _bucket(longest), _bucket(longest_k)
     # Long sequences first: a long one that starts last would run alone.
     order = torch.argsort(sizes.long() * sizes_k, descending=True, stable=True)
     tiles = tile_map(cu, tile_rows(longest))
@@ -76,13 +82,14 @@ def make_plan(
     )
     if lengths_k is None:
         cu_k = cu
-    return VarlenPlan(cu, cu_k, longest, longest_k, tiles, order)
+    return VarlenPlan(cu, cu_k, longest, longest_k, tiles, order, is_equal)
 
 
 def uniform_plan(num: int, length: int, device: torch.device | str | None = None) -> VarlenPlan:
     """The plan of `num` sequences of one length, made on the device: nothing is copied to it."""
     cu_seqlens = torch.arange(num + 1, dtype=torch.int32, device=device) * length
-    return unsorted_plan(cu_seqlens, cu_seqlens, length, length)
+    plan = unsorted_plan(cu_seqlens, cu_seqlens, length, length)
+    return plan._replace(is_equal=num > 0 and length > 0)
 
 
 def unsorted_plan(

@@ -6,6 +6,7 @@ pytest.importorskip("triton")
 
 from siglip2_kernels._core.compile_report import SHARED_BYTES_LIMIT, compile_report  # noqa: E402
 from siglip2_kernels.varlen_attention import _backward_triton, _triton  # noqa: E402
+from siglip2_kernels.varlen_attention.plan import tile_rows  # noqa: E402
 
 TENSOR_CORE = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -41,8 +42,9 @@ def report(kernel, config, dtype, E, capability, **constants):
 
 
 def forward(dtype, E, length, capability, is_causal):
-    config = _triton.fwd_config(dtype, E, length, length)
-    constants = {"IS_CAUSAL": is_causal, "IS_ONE_TILE": length <= config.BN}
+    config = _triton.fwd_config(dtype, E, length, length, capability // 10)
+    split = tile_rows(length) // config.BM
+    constants = {"IS_CAUSAL": is_causal, "IS_ONE_TILE": length <= config.BN, "SPLIT": split}
     return report(_triton._fwd_kernel, config, dtype, E, capability, **constants)
 
 
@@ -89,9 +91,32 @@ def test_other_dtypes_build(build, dtype, capability, length):
     assert bool(built.mma) == (dtype is torch.float16)  # float32: no TF32
 
 
-def test_forward_runs_two_blocks_a_multiprocessor_of_hopper():
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize(("E", "blocks"), [(64, 2), (72, 3), (96, 2), (128, 2)])
+def test_forward_of_hopper_keeps_several_blocks_a_multiprocessor(E, blocks, is_causal):
     """64k registers a multiprocessor; 228 KiB of shared memory, of which a block costs one more."""
-    config = _triton.fwd_config(torch.bfloat16, 64, 256, 256)
-    built = forward(torch.bfloat16, 64, 256, 90, False)
+    config = _triton.fwd_config(torch.bfloat16, E, 256, 256, 9)
+    built = forward(torch.bfloat16, E, 256, 90, is_causal)
+    assert built.spill_bytes == 0
+    assert built.mma.get("HGMMA")
+    registers = -(-built.registers // 8) * 8 * config.num_warps * 32
+    assert min(65_536 // registers, 228 * 1024 // (built.shared_bytes + 1024)) >= blocks
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+def test_backward_of_few_queries_on_hopper_runs_two_blocks_a_multiprocessor(is_causal):
+    config = _triton.bwd_config(torch.bfloat16, 64, 128, 256, 9)
+    assert config.programs == 2
+    built = report(
+        _backward_triton.loop_kernel,
+        config,
+        torch.bfloat16,
+        64,
+        90,
+        IS_CAUSAL=is_causal,
+        IS_ONE=False,
+    )
+    assert built.spill_bytes == 0
+    assert built.mma.get("HGMMA")
     registers = -(-built.registers // 8) * 8 * config.num_warps * 32
     assert min(65_536 // registers, 228 * 1024 // (built.shared_bytes + 1024)) >= 2

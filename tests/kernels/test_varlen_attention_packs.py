@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from siglip2_kernels import make_plan, varlen_attention, varlen_qkv_attention
+from siglip2_kernels import make_plan, uniform_plan, varlen_attention, varlen_qkv_attention
 from siglip2_kernels._core.varlen import cu_seqlens_from_lengths
 from strategies import RUNNERS
 
@@ -105,7 +105,7 @@ def test_opcheck_and_fullgraph(backend, device):
     qkv = make_qkv(lengths, device).requires_grad_()
     plan = make_plan(lengths, device=device)
     layout = (plan.cu_seqlens, plan.cu_seqlens, None, None, None, plan.tiles, plan.order)
-    args = ([qkv], *layout, plan.max_seqlen, plan.max_seqlen_k, False, 0.1, backend)
+    args = ([qkv], *layout, plan.max_seqlen, plan.max_seqlen_k, False, 0.1, backend, backend)
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.siglip2.varlen_attention.default, args, test_utils=utils)
     torch.library.opcheck(
@@ -154,6 +154,17 @@ def test_a_plan_lists_each_tile_once_longest_first():
     cross = make_plan([5, 0], [70, 1], device="cpu")
     assert (cross.max_seqlen, cross.max_seqlen_k) == (16, 128)
     assert cross.cu_seqlens_k.tolist() == [0, 70, 71]
+    assert not cross.is_equal
+
+
+def test_a_plan_knows_sequences_of_one_length():
+    """Their lengths are not rounded, so the host knows where each lies."""
+    for plan in (make_plan([196] * 3), uniform_plan(3, 196)):
+        assert (plan.is_equal, plan.max_seqlen, plan.max_seqlen_k) == (True, 196, 196)
+    cross = make_plan([76, 76], [196, 196])
+    assert (cross.is_equal, cross.max_seqlen, cross.max_seqlen_k) == (True, 76, 196)
+    for lengths, lengths_k in (([3, 4], None), ([3, 3], [4, 5]), ([], None), ([0, 0], None)):
+        assert not make_plan(lengths, lengths_k).is_equal
 
 
 def test_lists_of_tiles_have_few_lengths():
