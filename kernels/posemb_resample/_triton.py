@@ -1,7 +1,7 @@
 """Triton backend: a gather of the few table cells that each token weighs; no host loop, no atomics.
 
 Forward: a program makes BT tokens. Backward: a program sums one cell of the table over a share of
-the images, in a fixed order.
+the images, in a fixed order; images of one grid are summed before.
 """
 
 import torch
@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 BT = 16  # tokens of a program
-BX = 16  # tokens of a row that the backward takes at a time
+BY, BX = 4, 4  # tokens, down and across, that the backward takes at a time
 SPLITS = 16  # shares of the images in the backward
-NUM_WARPS = 4
+FWD_WARPS, BWD_WARPS = 4, 2
 
 
 def unsupported(table: Tensor, grid_hw: Tensor) -> str | None:
@@ -96,6 +96,13 @@ def _reach(i_g, n, G):
 
 
 @triton.jit
+def _weights(i_g, o_i, n, G, o_g, m_g):  # [N]
+    """What cells `o_i` of `n` weigh cell `i_g` of G."""
+    b_centre, b_width, b_norm = _axis(o_i, n, G, o_g, m_g)
+    return tl.maximum(1.0 - tl.abs(i_g + 0.5 - b_centre) / b_width, 0.0) * b_norm
+
+
+@triton.jit(do_not_specialize=("B", "images"))
 def _bwd_kernel(
     dout_ptr,  # (T, D)
     grid_ptr,  # (B, 2)
@@ -105,6 +112,7 @@ def _bwd_kernel(
     images,  # of a split
     G,
     D: tl.constexpr,
+    BY: tl.constexpr,
     BX: tl.constexpr,
     BD: tl.constexpr,
     BG: tl.constexpr,
@@ -115,7 +123,8 @@ def _bwd_kernel(
     m_d = o_d < D
     o_g = tl.arange(0, BG)
     m_g = o_g < G
-    b_sum = tl.zeros((BD,), tl.float32)
+    o_yx = tl.arange(0, BY * BX)
+    b_sum = tl.zeros((BY * BX, BD), tl.float32)
     for i in range(i_split * images, tl.minimum(i_split * images + images, B)):
         h = tl.load(grid_ptr + 2 * i)
         w = tl.load(grid_ptr + 2 * i + 1)
@@ -123,19 +132,19 @@ def _bwd_kernel(
         y0, y1 = _reach(i_gy, tl.maximum(h, 1), G)
         x0, x1 = _reach(i_gx, tl.maximum(w, 1), G)
         y1 = tl.where(h * w > 0, y1, 0)  # an image without patches
-        for y in range(y0, y1):
-            b_cy, b_sy, b_ny = _axis(y + tl.zeros((1,), tl.int32), h, G, o_g, m_g)
-            wy = tl.sum(tl.maximum(1.0 - tl.abs(i_gy + 0.5 - b_cy) / b_sy, 0.0) * b_ny)
+        for y in range(y0, y1, BY):
+            o_y = y + o_yx // BX
+            b_wy = _weights(i_gy, o_y, h, G, o_g, m_g)
             for x in range(x0, x1, BX):
-                o_x = x + tl.arange(0, BX)
-                m_x = o_x < x1
-                b_cx, b_sx, b_nx = _axis(o_x, w, G, o_g, m_g)
-                b_w = tl.maximum(1.0 - tl.abs(i_gx + 0.5 - b_cx) / b_sx, 0.0) * b_nx * wy
-                p_d = dout_ptr + (first + y * w + o_x)[:, None] * D + o_d[None, :]
-                b_d = tl.load(p_d, mask=m_x[:, None] & m_d[None, :], other=0.0)
-                b_sum += tl.sum(tl.where(m_x, b_w, 0.0)[:, None] * b_d.to(tl.float32), 0)
+                o_x = x + o_yx % BX
+                b_w = b_wy * _weights(i_gx, o_x, w, G, o_g, m_g)
+                # A token that weighs nothing is not read.
+                m_yx = (o_y < y1) & (o_x < x1) & (b_w > 0)
+                p_d = dout_ptr + (first + o_y * w + o_x)[:, None] * D + o_d[None, :]
+                b_d = tl.load(p_d, mask=m_yx[:, None] & m_d[None, :], other=0.0)
+                b_sum += tl.where(m_yx, b_w, 0.0)[:, None] * b_d.to(tl.float32)
     p_part = part_ptr + (i_split * G * G + i_cell).to(tl.int64) * D + o_d
-    tl.store(p_part, b_sum, mask=m_d)
+    tl.store(p_part, tl.sum(b_sum, 0), mask=m_d)
 
 
 def _block_d(D: int) -> int:
@@ -168,12 +177,25 @@ def fwd(table: Tensor, grid_hw: Tensor, num_tokens: int, dtype: torch.dtype) -> 
         BT=BT,
         BD=BD,
         BG=triton.next_power_of_2(G),
-        num_warps=NUM_WARPS,
+        num_warps=FWD_WARPS,
     )
     return out
 
 
+def _is_one_grid(grid_hw: Tensor) -> bool:
+    """Whether all images have one grid, if the host knows: a device is not waited for."""
+    return grid_hw.device.type == "cpu" and bool((grid_hw == grid_hw[:1]).all())
+
+
 def bwd(dout: Tensor, grid_hw: Tensor, table: Tensor) -> Tensor:  # (G, G, D)
+    if len(grid_hw) > 1 and _is_one_grid(grid_hw):
+        # The resampling is linear: images are summed first, and one is brought to the table.
+        dout = dout.view(len(grid_hw), -1, dout.shape[1]).sum(0, dtype=torch.float32)
+        grid_hw = grid_hw[:1]
+    return _bwd(dout, grid_hw, table)
+
+
+def _bwd(dout: Tensor, grid_hw: Tensor, table: Tensor) -> Tensor:  # (G, G, D)
     G, D = table.shape[1:]
     grid, first, _ = _places(grid_hw, table.device)
     images = triton.cdiv(len(grid), SPLITS)
@@ -189,9 +211,10 @@ def bwd(dout: Tensor, grid_hw: Tensor, table: Tensor) -> Tensor:  # (G, G, D)
         images,
         G,
         D=D,
+        BY=BY,
         BX=BX,
         BD=BD,
         BG=triton.next_power_of_2(G),
-        num_warps=NUM_WARPS,
+        num_warps=BWD_WARPS,
     )
     return part.sum(0)

@@ -53,6 +53,38 @@ def check(table, grids, backend):
         assert_no_worse(name, a, e, g, torch.float32)
 
 
+TRITON = [runner for runner in OWN if runner.values[0] == "triton"]
+
+
+@pytest.mark.parametrize("grid", [(5, 5), (1, 7), (9, 4)])
+@pytest.mark.parametrize(("backend", "device"), TRITON)
+def test_images_of_one_grid_are_summed_first(backend, device, grid, monkeypatch):
+    from siglip2_kernels.posemb_resample import _triton
+
+    grids, general, seen = [grid] * 3, _triton._bwd, []
+    monkeypatch.setattr(_triton, "_bwd", lambda d, *a: seen.append(len(d)) or general(d, *a))
+    table = make_table(40, G=3, device=device)
+    check(table, grids, backend)
+    assert seen == [grid[0] * grid[1]]
+    monkeypatch.setattr(_triton, "_is_one_grid", lambda grid_hw: False)
+    check(table, grids, backend)
+    assert seen[1:] == [3 * grid[0] * grid[1]]
+
+
+@pytest.mark.gpu
+def test_grids_on_the_device_take_the_general_path():
+    table, grids = make_table(24, G=4, device="cuda"), [(3, 4)] * 5
+    on_device = torch.tensor(grids, dtype=torch.int32, device="cuda")
+    spec = lambda t: reference.posemb_resample(t, grids)
+    gold = value_and_grad(spec, table.detach().double().requires_grad_())
+    eager = value_and_grad(spec, table)
+    fn = lambda t: posemb_resample(t, on_device, num_tokens=60, backend="triton")
+    for name, a, e, g in zip(
+        ("out", "dtable"), value_and_grad(fn, table), eager, gold, strict=True
+    ):
+        assert_no_worse(name, a, e, g, torch.float32)
+
+
 @pytest.mark.parametrize("h", [1, 2, 3, 13, 16, 31, 64, 1024])
 def test_reference_is_torch_interpolate(h):
     table = make_table(8).detach().double()

@@ -15,7 +15,7 @@ def report(which, D, capability, dtype):
         kernel, sizes = _triton._fwd_kernel, sizes | {"BT": _triton.BT}
         types = {"table_ptr": "*fp32", "image_ptr": "*i32", "out_ptr": dtype, "T": "i32"}
     else:
-        kernel, sizes = _triton._bwd_kernel, sizes | {"BX": _triton.BX}
+        kernel, sizes = _triton._bwd_kernel, sizes | {"BY": _triton.BY, "BX": _triton.BX}
         types = {"dout_ptr": dtype, "part_ptr": "*fp32", "B": "i32", "images": "i32"}
     types |= POINTERS | {"G": "i32"}
     return compile_report(
@@ -23,7 +23,7 @@ def report(which, D, capability, dtype):
         types,
         sizes,
         capability=capability,
-        num_warps=_triton.NUM_WARPS,
+        num_warps={"fwd": _triton.FWD_WARPS, "bwd": _triton.BWD_WARPS}[which],
         num_stages=3,
         aligned=[name for name in types if name.endswith("_ptr")],
     )
