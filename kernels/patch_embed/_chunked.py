@@ -10,6 +10,8 @@ from .._core.chunks import row_chunks
 from .._core.matmul import addmm_f32_, mm_f32, product_dtype
 
 MAX_ELEMENTS = 1 << 24  # of a chunk of patches or tokens
+# On a GPU the weight's gradient is one product where it can: 268 MB of operand at the most.
+MAX_ELEMENTS_BWD_CUDA = 1 << 27
 
 
 def unsupported(patches: Tensor, weight: Tensor) -> str | None:
@@ -24,7 +26,8 @@ def unit(patches: Tensor) -> float:
 def centred(patches: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes as 2 x - 255: odd integers below 256, exact in bfloat16, and 255 (x / 127.5 - 1)."""
     if patches.dtype is torch.uint8:
-        return patches.to(dtype).mul_(2).sub_(255)
+        # One pass: bytes are widened as they are read, and rounded once.
+        return torch.add(torch.tensor(-255, dtype=dtype), patches, alpha=2)
     return patches.to(dtype)
 
 
@@ -54,6 +57,10 @@ def fwd(
     return out
 
 
+def _max_elements_bwd(dout: Tensor) -> int:
+    return MAX_ELEMENTS_BWD_CUDA if dout.is_cuda else MAX_ELEMENTS
+
+
 def bwd(
     dout: Tensor,  # (T, D)
     patches: Tensor,  # (T, K)
@@ -69,7 +76,7 @@ def bwd(
     dweight = weight.new_zeros(D if needs_dweight else 0, K, dtype=acc)
     dbias, dmask_token = (dout.new_zeros(D, dtype=acc) for _ in range(2))
     operands = _operands(patches, dtype)
-    for start, stop in row_chunks(T, max(D, K), MAX_ELEMENTS):
+    for start, stop in row_chunks(T, max(D, K), _max_elements_bwd(dout)):
         rows = slice(start, stop)
         d = dout[rows]
         if mask is not None:
@@ -78,7 +85,11 @@ def bwd(
         dbias += d.sum(0, dtype=acc)
         d = d.to(operands)
         if needs_dweight:
-            addmm_f32_(dweight, d.T, centred(patches[rows], dtype).to(operands))
+            x = centred(patches[rows], dtype).to(operands)
+            if start == 0:
+                mm_f32(d.T, x, out=dweight)
+            else:
+                addmm_f32_(dweight, d.T, x)
         if needs_dpatches:
             dpatches[rows] = mm_f32(d, weight.to(dtype).to(operands))
     return dpatches, dweight.mul_(unit(patches)), dbias, dmask_token
