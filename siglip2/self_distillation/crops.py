@@ -10,6 +10,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,17 +40,17 @@ def canvas(images: Images, config: VisionConfig, device: torch.device) -> Canvas
         size = torch.tensor([[H, W]], dtype=torch.float32).to(device, non_blocking=True)
         return Canvas(pixels, size.expand(B, 2))
     inputs = vision_inputs(images, config, device)
-    grid, P = inputs.grid_hw.long(), config.patch_size
-    B, (h, w) = len(grid), grid.amax(0).tolist()
+    grid, P = np.array(inputs.grid_hw.tolist(), dtype=np.int64).reshape(-1, 2), config.patch_size
+    B, (h, w) = len(grid), grid.max(0).tolist()
     # Row of each patch in a (B, h, w) table, from the grids on the host.
-    rows = torch.ones(B, h, w, dtype=torch.bool)
-    rows &= torch.arange(h)[:, None] < grid[:, :1, None]
-    rows &= torch.arange(w) < grid[:, 1:, None]
-    rows = rows.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+    inside = np.arange(h)[:, None] < grid[:, :1, None]
+    inside = inside & (np.arange(w) < grid[:, 1:, None])
+    rows = torch.from_numpy(np.flatnonzero(inside)).to(device, non_blocking=True)
     table = inputs.patches.new_zeros(B * h * w, inputs.patches.shape[1])
     table = table.index_copy_(0, rows, inputs.patches).view(B, h, w, P, P, 3)
     pixels = table.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, h * P, w * P)
-    return Canvas(_unit_range(pixels), (grid * P).float().to(device, non_blocking=True))
+    size = torch.from_numpy((grid * P).astype(np.float32))
+    return Canvas(_unit_range(pixels), size.to(device, non_blocking=True))
 
 
 def _unit_range(pixels: Tensor) -> Tensor:

@@ -27,13 +27,13 @@ def encode(
         [(inputs, mask)] = views
         token = None if mask is None else mask_token
         return [tower(*inputs, dtype, mask=mask, mask_token=token)]
-    grids = [inputs.grid_hw for inputs, _ in views]
+    grids = [inputs.grid_hw.tolist() for inputs, _ in views]
     tokens = [len(inputs.patches) for inputs, _ in views]
     patches = [inputs.patches for inputs, _ in views]
     if len({x.dtype for x in patches}) > 1:
         patches = [_floats(x) for x in patches]
-    grid_hw = torch.cat(grids)
-    seqs = ragged(grid_hw.prod(1).tolist(), patches[0].device)
+    grid_hw = torch.tensor([size for grid in grids for size in grid], dtype=torch.int32).view(-1, 2)
+    seqs = ragged([h * w for grid in grids for h, w in grid], patches[0].device)
     mask = None
     if any(mask is not None for _, mask in views):
         mask = torch.cat(

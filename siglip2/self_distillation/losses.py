@@ -174,7 +174,7 @@ class SelfDistillationLoss(PrototypeLoss):
         if (T % B if B else T) != 0:
             raise ValueError(f"need as many views of each image; got {T} views of {B} images")
         views = T // B if B else 0
-        index = torch.arange(B, device=student.z.device).repeat_interleave(views, output_size=T)
+        index = torch.arange(T, device=student.z.device) // max(views, 1)
         weight = _ones(student.z) / max(views, 1)
         total = max(B, 1) if num_images is None else num_images
         return self._cross_entropy(student, teacher, index, weight / total)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,24 +63,28 @@ def draw_masks(
         got = f"{share} and {layout!r}"
         raise ValueError(f"need a share from 0 to 1 and layout 'random' or 'blocks'; got {got}")
     device = generator.device
-    lengths = torch.tensor([h * w for h, w in grids], dtype=torch.int64)
-    hidden = (share * lengths.double()).floor().long()
-    image = torch.repeat_interleave(lengths)
+    lengths = np.array([h * w for h, w in grids], dtype=np.int64)
+    hidden = np.floor(share * lengths).astype(np.int64)
+    image = np.repeat(np.arange(len(lengths)), lengths)
     key = torch.randint(2**31, (len(image),), generator=generator, device=device)
-    image_there = image.to(device, non_blocking=True)
+    image_there = _there(image, device)
     if layout == "blocks":
         key += _first_block(grids, image_there, share, generator) << 31
     order = (key + (image_there << 36)).argsort(stable=True)
-    index = order[_first_rows(lengths, hidden).to(device, non_blocking=True)]
+    index = order[_there(_first_rows(lengths, hidden), device)]
     mask = torch.zeros(len(image), dtype=torch.bool, device=device).index_fill_(0, index, True)
-    shares = [(1 / n.clamp(min=1))[image].float() for n in (hidden, lengths - hidden)]
-    return Masks(mask, index, *(x.to(device, non_blocking=True) for x in shares))
+    shares = [(1 / n.clip(1))[image].astype(np.float32) for n in (hidden, lengths - hidden)]
+    return Masks(mask, index, *(_there(x, device) for x in shares))
 
 
-def _first_rows(lengths: Tensor, taken: Tensor) -> Tensor:  # (sum(taken),)
+def _there(x: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(x).to(device, non_blocking=True)
+
+
+def _first_rows(lengths: np.ndarray, taken: np.ndarray) -> np.ndarray:  # (sum(taken),)
     """Rows of the first `taken` of each image's `lengths`."""
-    skipped = (lengths - taken).cumsum(0) - (lengths - taken)
-    return torch.arange(int(taken.sum())) + torch.repeat_interleave(skipped, taken)
+    skipped = (lengths - taken).cumsum() - (lengths - taken)
+    return np.arange(taken.sum()) + np.repeat(skipped, taken)
 
 
 def _first_block(

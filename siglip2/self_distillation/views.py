@@ -88,5 +88,5 @@ def _crops(
 def _packed(crops: Tensor, vision: VisionConfig) -> VisionInputs:  # (N, 3, S, S) in [0, 1]
     patches = patchify(2 * crops - 1, vision.patch_size)
     N, h, w, _ = patches.shape
-    grid_hw = torch.tensor([[h, w]], dtype=torch.int32).expand(N, 2).contiguous()
+    grid_hw = torch.tensor([[h, w]] * N, dtype=torch.int32).view(-1, 2)
     return VisionInputs(patches.flatten(0, 2), grid_hw, uniform(N, h * w, crops.device))

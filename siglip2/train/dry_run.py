@@ -12,7 +12,7 @@ Nothing is read, downloaded, sent or written.
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from ..config import Config
 from ..errors import ConfigError
 from ..models.presets import Architecture
 from . import parallel, setup
-from .fake_step import fake_batch, fake_ranks, fake_step, weighty_parts
+from .fake_step import fake_batch, fake_ranks, fake_step, known_lengths
 from .step_record import LOSS, LOSS_TRAFFIC, Collective, StepRecord, record_step
 from .task import Siglip2Task
 
@@ -42,10 +42,12 @@ class Sizes(NamedTuple):
     token_table: int  # part of the text tower
     scalars: int
     decoder: int = 0
+    stage: int = 0  # heads and mask token of self-distillation
+    teacher: int = 0  # without gradient and optimiser state, so not in `total`
 
     @property
     def total(self) -> int:
-        return self.vision + self.text + self.decoder + self.scalars
+        return self.vision + self.text + self.decoder + self.stage + self.scalars
 
 
 class DryRun(NamedTuple):
@@ -128,7 +130,8 @@ def _watch(
         task = parallel.unwrapped(step.task)
         with fake:
             batch, known = fake_batch(config, task.model.architecture)
-            record = record_step(step, batch, known=known)
+            with known_lengths():
+                record = record_step(step, batch, known=known)
             buckets = [] if is_sharded else _buckets(record.ready)
     return _Watched(task, record, _num_bytes(batch), buckets)
 
@@ -157,12 +160,21 @@ def _longer_ring(record: StepRecord, world_size: int) -> StepRecord:
 
 def _sizes(task: Siglip2Task, num_shards: int) -> Sizes:
     """Of the rank that has most: FSDP2 cuts along the first dimension, rounded up."""
-    vision, text, *decoder = (
-        sum(_shard_numel(p, num_shards) for p in part.parameters()) for part in weighty_parts(task)
+
+    def size(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(_shard_numel(p, num_shards) for p in parameters)
+
+    model, locca, ssl = task.model, task.locca, task.ssl
+    of_stage = [] if ssl is None else list(ssl.parameters())
+    return Sizes(
+        vision=size(model.vision.parameters()),
+        text=size(model.text.parameters()),
+        token_table=size([model.text.token_embed]),
+        scalars=sum(p.numel() for p in model.parameters(recurse=False)),
+        decoder=0 if locca is None else size(locca.decoder.parameters()),
+        stage=size(p for p in of_stage if p.requires_grad),
+        teacher=size(p for p in of_stage if not p.requires_grad),
     )
-    table = _shard_numel(task.model.text.token_embed, num_shards)
-    scalars = sum(p.numel() for p in task.model.parameters(recurse=False))
-    return Sizes(vision, text, table, scalars, sum(decoder))
 
 
 def _shard_numel(p: nn.Parameter, num_shards: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from ..config import Config
 from . import setup
 from .dry_run import DryRun
-from .step_record import CASTS, DECODER, LOSS, TEXT, TOWERS, VISION, Collective
+from .step_record import CASTS, DECODER, LOSS, STAGE, TEXT, TOWERS, VISION, Collective
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -44,7 +44,9 @@ def _parameters(run: DryRun) -> str:
     rows += [(VISION, f"{whole.vision:,}"), (TEXT, f"{whole.text:,}")]
     rows += [("  of which token table", f"{whole.token_table:,}")]
     rows += [(DECODER, f"{whole.decoder:,}")] if whole.decoder else []
+    rows += [(STAGE, f"{whole.stage:,}")] if whole.stage else []
     rows += [("scalars", f"{whole.scalars:,}"), ("total", f"{whole.total:,}")]
+    rows += [("teacher, averaged", f"{whole.teacher:,}")] if whole.teacher else []
     return _table(rows)
 
 
@@ -55,11 +57,13 @@ def memory_bytes(run: DryRun) -> dict[str, int]:
     strategy = {"ddp": "gradient buckets (DDP)", "fsdp": "gathered weights, gradients (FSDP2)"}
     rows = {
         "weights": 4 * run.local.total,
+        "teacher": 4 * run.local.teacher,
         "gradients": 4 * run.local.total,
         "AdamW": 8 * run.local.total,
         f"activations, {VISION}": step.saved_bytes[VISION],
         f"activations, {TEXT}": step.saved_bytes[TEXT],
         f"activations, {DECODER}": step.saved_bytes[DECODER],
+        f"activations, {STAGE}": step.saved_bytes[STAGE],
         f"{config.train.precision} copies of weights": step.saved_bytes[CASTS],
         "one block, recomputed": step.recomputed_bytes if checkpointed else 0,
         f"losses ({config.dist.loss})": step.loss_bytes,
@@ -76,6 +80,7 @@ def _memory(run: DryRun) -> str:
         (TEXT, local.text),
         ("  of which token table", local.token_table),
         *([(DECODER, local.decoder)] if local.decoder else []),
+        *([(STAGE, local.stage)] if local.stage else []),
         ("scalars", local.scalars),
     )
     saved = run.step.saved_bytes
@@ -85,13 +90,15 @@ def _memory(run: DryRun) -> str:
         kept = human(activations) if activations else ""
         rows.append((name, *map(human, (4 * n, 4 * n, 8 * n)), kept, human(16 * n + activations)))
     sizes = memory_bytes(run)
-    for name in list(sizes)[3:]:
-        if not name.startswith("activations"):
+    for name in sizes:
+        if not name.startswith(("weights", "gradients", "AdamW", "activations")):
             rows.append((name, "", "", "", "", human(sizes[name])))
     rows.append(("total", "", "", "", "", human(sum(sizes.values()))))
     notes = ["scratch memory of kernels and the allocator's gaps come on top"]
     if run.config.model.grad_checkpointing:
         notes.append("blocks keep their inputs (model.grad_checkpointing)")
+    if run.whole.stage:
+        notes.append(f"a step of the last stage, from {run.config.ssl.start_share:.0%} on")
     if run.config.train.accum_steps > 1:
         notes.append(f"activations are those of one of {run.config.train.accum_steps} parts")
     return _table(rows) + f"\n({'; '.join(notes)})"
@@ -147,7 +154,9 @@ def _grouped(collectives: Iterable[Collective]) -> dict[tuple[str, str], list[Co
 def _flops(run: DryRun) -> str:
     flops = run.step.flops
     rows = [("FLOPs of a device and step", "")]
-    rows += [(part, f"{flops[part]:.4g}") for part in (TOWERS, DECODER, LOSS) if flops.get(part)]
+    rows += [
+        (part, f"{flops[part]:.4g}") for part in (TOWERS, DECODER, STAGE, LOSS) if flops.get(part)
+    ]
     rows.append(("total", f"{sum(flops.values()):.4g}"))
     return (
         _table(rows) + "\n(matrix products and attention; a multiplication and an addition are 2)"

@@ -15,10 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config import Config
 from ..data.types import PackedImages
+from ..locca import packing
 from ..locca.tasks import TASKS, TaskText
+from ..models import sequences
 from ..models.presets import Architecture, architecture
 from . import parallel, setup
 from .optim import adamw
+from .ssl_stage import build_stage, is_wanted
 from .step import TrainStep
 from .task import Siglip2Task
 
@@ -49,6 +52,8 @@ def fake_step(config: Config, fake: FakeTensorMode, *, is_sharded: bool) -> Trai
     task = setup.build_task(model, replace(config, dist=replace(config.dist, check_shapes=False)))
     if task.locca is not None:
         task.locca.decoder.grad_checkpointing = asked.grad_checkpointing
+    if is_wanted(config.ssl):
+        task.ssl = build_stage(config, model.architecture.vision, torch.device("meta"))
     with fake:
         for name, scalar in model.named_parameters(recurse=False):
             setattr(model, name, nn.Parameter(torch.empty(scalar.shape, device="cpu")))
@@ -58,6 +63,8 @@ def fake_step(config: Config, fake: FakeTensorMode, *, is_sharded: bool) -> Trai
     with fake:
         for part in weighty_parts(task):
             part.to_empty(device="cpu")
+        if task.ssl is not None:
+            task.ssl.begin(model.vision)
     return TrainStep(
         task,
         adamw(task, config.optim),
@@ -69,7 +76,24 @@ def fake_step(config: Config, fake: FakeTensorMode, *, is_sharded: bool) -> Trai
 def weighty_parts(task: Siglip2Task) -> list[nn.Module]:
     """What holds the task's weights, but for the scalars."""
     decoder = [] if task.locca is None else [task.locca.decoder]
-    return [task.model.vision, task.model.text, *decoder]
+    stage = [] if task.ssl is None else [task.ssl]
+    return [task.model.vision, task.model.text, *decoder, *stage]
+
+
+@contextmanager
+def known_lengths() -> Iterator[None]:
+    """Where sequences of different lengths lie is worked out on real numbers."""
+    original = sequences.make_plan
+
+    def make_plan(*args, **options):
+        with torch._C._DisableTorchDispatch():
+            return original(*args, **options)
+
+    sequences.make_plan = packing.make_plan = make_plan
+    try:
+        yield
+    finally:
+        sequences.make_plan = packing.make_plan = original
 
 
 @contextmanager
@@ -112,6 +136,7 @@ def fake_batch(
         "text": torch.empty(M, arch.text.length, dtype=torch.int64),
         "image_ids": torch.empty(B, dtype=torch.int64),
         "text_ids": torch.empty(M, dtype=torch.int64),
+        "view_seed": 0,
     }
     if config.locca.weight:
         full = (0,) * config.locca.length

@@ -25,6 +25,7 @@ from .step import TrainStep
 from .task import Siglip2Task
 
 VISION, TEXT, DECODER = "vision tower", "text tower", "captioning decoder"
+STAGE = "self-distillation"
 CASTS, LOSS = "weights cast for the towers", "loss"
 TOWERS = "towers"
 
@@ -57,7 +58,7 @@ class Collective(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    saved_bytes: Mapping[str, int]  # VISION, TEXT, CASTS: most that waits for a backward at a time
+    saved_bytes: Mapping[str, int]  # of each part, most that waits for a backward at a time
     recomputed_bytes: int  # of one block, in the backward of a checkpointed tower
     loss_bytes: int  # most that lives at a time of what is made outside the towers
     collectives: list[Collective]
@@ -88,7 +89,7 @@ def record_step(
         step(batch)
     recomputed = [_bytes_of_block(*called) for called in recorder.checkpointed]
     return StepRecord(
-        {part: recorder.saved.peak[part] for part in (VISION, TEXT, DECODER, CASTS)},
+        {part: recorder.saved.peak[part] for part in (VISION, TEXT, DECODER, STAGE, CASTS)},
         max(recomputed, default=0),
         recorder.alive.peak[LOSS],
         recorder.collectives,
@@ -139,6 +140,8 @@ class Recorder(TorchDispatchMode):
     def _doer(self, op: Any) -> str:
         if op is _sigmoid_loss:
             return LOSS
+        if self.phase == STAGE:
+            return STAGE
         is_decoder = self.phase == DECODER or op is _linear_cross_entropy
         return DECODER if is_decoder else TOWERS
 
@@ -153,13 +156,17 @@ class Recorder(TorchDispatchMode):
     def watching(self, task: Siglip2Task) -> Iterator[None]:
         """Tell the towers' work from what is between them; see inputs kept and gradients done."""
         model, decoder = task.model, None if task.locca is None else task.locca.decoder
-        hooks = [p.register_post_accumulate_grad_hook(self._is_ready) for p in task.parameters()]
+        trained = [p for p in task.parameters() if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(self._is_ready) for p in trained]
         for stack in (model.vision.encoder, model.text.encoder, decoder):
             if stack is not None and stack.grad_checkpointing:
                 hooks += [b.register_forward_pre_hook(self._keep_input) for b in stack.blocks]
                 hooks.append(stack.blocks[0].register_forward_pre_hook(self._note_call))
         calls = [(model, "forward_vision", VISION), (model, "encode_text", TEXT)]
         calls += [] if decoder is None else [(decoder, "forward", DECODER)]
+        if task.ssl is not None:
+            calls += [(task.ssl, "prepare", STAGE), (task.ssl, "forward", STAGE)]
+            calls.append((model.vision, "forward", VISION))  # on views, too
         for owner, name, part in calls:
             setattr(owner, name, self._in_phase(getattr(owner, name), part))
         try:
@@ -188,12 +195,13 @@ class Recorder(TorchDispatchMode):
             self.phase = part
 
         def encode_in_phase(*args, **kwargs):
+            before = self.phase
             enter()
             out = encode(*args, **kwargs)
             for x in tree_leaves(out):
-                if x.requires_grad:
+                if isinstance(x, Tensor) and x.requires_grad:
                     x.register_hook(enter)
-            self.phase = LOSS
+            self.phase = before
             return out
 
         return encode_in_phase

@@ -30,7 +30,7 @@ def make_config(folder, cache, *, changes=None, **train_changes):
         "log_every_steps": 1,
         "checkpoint_every_steps": 100,
     }
-    ssl = replace(SSL, start_share=SWITCH / STEPS, **(changes or {}))
+    ssl = replace(SSL, **{"start_share": SWITCH / STEPS, **(changes or {})})
     return replace(
         start,
         model=replace(start.model, name="siglip2-tiny-patch8-32", text_length=8),
