@@ -1,6 +1,7 @@
 """The README's table of measurements, generated from bench/results: no number is typed by hand."""
 
 from pathlib import Path
+from textwrap import shorten
 
 from siglip2.errors import DataError
 
@@ -85,7 +86,9 @@ def _table(result: Result, rows: list[Row], dtype: str) -> list[str]:
         f" commit {commits})."
     )
     absent = {
-        r.provider: f"{r.status}: {r.detail}".rstrip(": ") for r in rows if r.provider not in names
+        r.provider: shorten(f"{r.status}: {r.detail}".rstrip(": "), 120, placeholder=" ...")
+        for r in rows
+        if r.provider not in names
     }
     notes = [f"Not in the table: {'; '.join(f'{n} ({why})' for n, why in absent.items())}."]
     table = "\n".join(markdown_table([result.x_label, *names], lines))

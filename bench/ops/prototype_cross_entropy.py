@@ -85,7 +85,8 @@ def liger_jsd() -> Callable[..., Tensor]:
 
     def loss(student, weight, teacher, teacher_weight, bias):
         # One temperature for both sides: the rows carry ours.
-        return module(student / STUDENT_TEMP, weight, teacher / TEACHER_TEMP, teacher_weight)
+        rows = student / STUDENT_TEMP, teacher / TEACHER_TEMP
+        return module(rows[0], weight, rows[1], teacher_weight, None)
 
     return loss
 
