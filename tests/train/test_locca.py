@@ -153,7 +153,6 @@ def test_the_preset_learns_is_evaluated_and_speaks(tmp_path, cache, capsys):
     assert (folder / "export/decoder.safetensors").is_file()
     assert "Captions and boxes" in (folder / "report.html").read_text()
     picture = tmp_path / "scene.png"
-    from siglip2.data.sources import open_source
 
     picture.write_bytes(
         open_source("scenes:heldout", make_config(folder, cache, steps=1).data)[0].image
