@@ -274,7 +274,7 @@ def _banner(run: Run) -> None:
     from siglip2_kernels.report import report
 
     config, device = run.config, run.device
-    params = sum(p.numel() for p in run.task.parameters())
+    params = sum(p.numel() for p in run.task.parameters() if p.requires_grad)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
         f"{config.model.name}: {params / 1e6:.1f} M parameters,"

@@ -153,13 +153,14 @@ def test_the_preset_is_evaluated_densely_and_reported(tmp_path, cache):
     config = replace(
         start,
         data=replace(start.data, quickstart=QuickstartConfig(concepts=60, cache_dir=cache)),
-        train=replace(start.train, output_dir=str(folder), examples=10 * batch, log_every_steps=1),
+        train=replace(start.train, output_dir=str(folder), examples=4 * batch, log_every_steps=1),
         optim=replace(start.optim, warmup_examples=2 * batch),
-        eval=replace(start.eval, max_images=40),
+        ssl=replace(start.ssl, start_share=0.5),
+        eval=replace(start.eval, max_images=16),
     )
     train(config)
     with_stage = [row["step"] for row in rows(folder) if "train/masked_loss" in row]
-    assert with_stage == [9, 10]
+    assert with_stage == [3, 4]
     found = json.loads((folder / "eval.json").read_text())
     dense = found["dense"]["held_out"]
     assert 0 <= dense["miou"] <= 1
