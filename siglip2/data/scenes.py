@@ -9,7 +9,6 @@ import io
 import os
 import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +89,7 @@ class Scenes(IndexedSource):
         self.count, self.most, self.canvas_px, self.seed = count, most, canvas_px, seed
         self._stream = _HELD_OUT if held_out else _TRAIN
         self._drawings = _drawings(source, concepts, self.languages)
-        self._scaled = lru_cache(maxsize=10_000)(self._scale)  # of each drawing at each size
+        self._scaled: dict[tuple[str, int, int], np.ndarray] = {}  # by group, style, side
         self._groups = sorted(self._drawings)
         if len(self._groups) < most:
             raise DataError(
@@ -127,7 +126,7 @@ class Scenes(IndexedSource):
             box = self._place(rng, [region.box for region, _ in placed])
             if box is not None:
                 x0, y0, x1, y1 = (round(self.canvas_px * c) for c in box)
-                canvas[y0:y1, x0:x1] = self._scaled(group, style, x1 - x0)
+                canvas[y0:y1, x0:x1] = self._scale(group, style, x1 - x0)
                 placed.append((Region(drawing.names, box), group))
         placed.sort(key=lambda found: found[0].box)
         return Scene(canvas, *(tuple(column) for column in zip(*placed, strict=True)))
@@ -144,9 +143,13 @@ class Scenes(IndexedSource):
         return None
 
     def _scale(self, group: str, style: int, side: int) -> np.ndarray:  # (side, side, 3) uint8
-        Image = require("PIL.Image", "data")
-        drawing = Image.fromarray(self._drawings[group][style].pixels)
-        return np.asarray(drawing.resize((side, side), Image.Resampling.BILINEAR))
+        key = group, style, side
+        if key not in self._scaled:
+            Image = require("PIL.Image", "data")
+            drawing = Image.fromarray(self._drawings[group][style].pixels)
+            scaled = drawing.resize((side, side), Image.Resampling.BILINEAR)
+            self._scaled[key] = np.asarray(scaled)
+        return self._scaled[key]
 
     def texts(self) -> list[str]:
         """All that is said of scenes, in words: names, places and the numbers of boxes."""

@@ -1,5 +1,7 @@
 """Scenes of drawings: what is said of them is what is on them."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,8 @@ def test_scenes_are_functions_of_their_number():
     assert first[5].image != first[6].image
     assert first[5].image != other[5].image
     assert Scenes(Squares(), seed=1)[5].image != first[5].image
+    sent = pickle.loads(pickle.dumps(first))  # to a reader process that is not forked
+    assert sent[7] == first[7]
 
 
 def test_the_vocabulary_holds_what_decoders_are_asked():
