@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from siglip2_kernels import bias_gelu, map_pool, varlen_qkv_attention
+from siglip2_kernels import bias_gelu, map_pool, varlen_attention, varlen_qkv_attention
 
 from .presets import TowerSize
-from .sequences import Sequences
+from .sequences import Kept, Sequences
 
 LAYER_NORM_EPS = 1e-6  # flax's default; the released weights need it
 
@@ -56,10 +56,27 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, seqs: Sequences) -> Tensor:
+    def forward(self, x: Tensor, seqs: Sequences, kept: Kept | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # (T, 3, H, E)
-        y = varlen_qkv_attention(qkv, seqs.cu_seqlens, seqs.max_seqlen, plan=seqs.plan)
+        if kept is None:
+            y = varlen_qkv_attention(qkv, seqs.cu_seqlens, seqs.max_seqlen, plan=seqs.plan)
+        else:
+            y = _attend_kept(*qkv.unbind(1), kept)
         return self.out(y.flatten(1))
+
+
+def _attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:  # (T, H, E) -> (S, H, E)
+    plan = kept.plan
+    return varlen_attention(
+        q.index_select(0, kept.index),
+        k,
+        v,
+        plan.cu_seqlens,
+        plan.max_seqlen,
+        cu_seqlens_k=plan.cu_seqlens_k,
+        max_seqlen_k=plan.max_seqlen_k,
+        plan=plan,
+    )
 
 
 class Block(nn.Module):
@@ -70,13 +87,14 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(size.width)
         self.mlp = Mlp(size.width, size.mlp_width)
 
-    def forward(self, x: Tensor, seqs: Sequences) -> Tensor:
-        x = x + self.attn(self.norm1(x), seqs)
+    def forward(self, x: Tensor, seqs: Sequences, kept: Kept | None = None) -> Tensor:
+        y = self.attn(self.norm1(x), seqs, kept)
+        x = y + (x if kept is None else x.index_select(0, kept.index))
         return x + self.mlp(self.norm2(x))
 
 
 class Encoder(nn.Module):
-    """Pre-norm blocks and the final norm, on packed tokens (T, D)."""
+    """Pre-norm blocks and the final norm, on packed tokens (T, D); of `kept` alone (S, D)."""
 
     def __init__(self, size: TowerSize):
         super().__init__()
@@ -84,12 +102,14 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(size.width)
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor, seqs: Sequences) -> Tensor:
-        for block in self.blocks:
+    def forward(self, x: Tensor, seqs: Sequences, kept: Kept | None = None) -> Tensor:
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            args = (x, seqs, kept if number == last else None)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, seqs, use_reentrant=False)
+                x = checkpoint(block, *args, use_reentrant=False)
             else:
-                x = block(x, seqs)
+                x = block(*args)
         return self.norm(x)
 
 

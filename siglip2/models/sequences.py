@@ -24,6 +24,24 @@ class Sequences(NamedTuple):
         return self.cu_seqlens[1:].long() - 1
 
 
+class Kept(NamedTuple):
+    """Tokens that are needed after the last block of a tower, which then makes no others."""
+
+    index: Tensor  # (S,) int64 rows of (T, D); those of a sequence follow one another
+    seqs: Sequences  # their bounds
+    plan: VarlenPlan  # queries: the kept tokens; keys: all tokens of their sequence
+
+
+def kept(
+    index: Tensor,  # (S,) int64
+    lengths: Sequence[int],  # (B,) kept tokens of each sequence
+    lengths_k: Sequence[int],  # (B,) all tokens of each sequence
+) -> Kept:
+    """Raises ValueError when there is not one number of kept tokens for each sequence."""
+    plan = make_plan(lengths, lengths_k, device=index.device)
+    return Kept(index, ragged(lengths, index.device), plan)
+
+
 def uniform(num: int, length: int, device: torch.device) -> Sequences:
     """`num` sequences of one length. Nothing is copied from the host."""
     plan = uniform_plan(num, length, device)

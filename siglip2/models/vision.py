@@ -10,11 +10,11 @@ from siglip2_kernels import patch_embed, posemb_resample
 
 from .layers import Encoder, Linear, MapHead, init_encoder, init_lecun_normal, init_map_head
 from .presets import VisionConfig
-from .sequences import Sequences
+from .sequences import Kept, Sequences
 
 
 class VisionOutput(NamedTuple):
-    tokens: Tensor  # (T, D) after the final norm; what a captioning decoder reads
+    tokens: Tensor  # (T, D), or (S, D) of `kept`, after the final norm; what a decoder reads
     pooled: Tensor  # (B, D)
 
 
@@ -37,13 +37,15 @@ class VisionTower(nn.Module):
         *,
         mask: Tensor | None = None,  # (T,) bool: patches that become `mask_token`
         mask_token: Tensor | None = None,  # (D,)
+        kept: Kept | None = None,  # the tokens that are needed; None: all
     ) -> VisionOutput:
+        """The pooled embedding of a sequence reads its `kept` tokens alone."""
         posemb = posemb_resample(self.posemb, grid_hw, num_tokens=patches.shape[0], dtype=dtype)
         weight, bias = self.patch_embed.weight, self.patch_embed.bias
         masking = {"mask": mask, "mask_token": mask_token}
         x = patch_embed(patches, weight, bias, posemb=posemb, dtype=dtype, **masking)
-        tokens = self.encoder(x, seqs)
-        return VisionOutput(tokens, self.pool(tokens, seqs))
+        tokens = self.encoder(x, seqs, kept)
+        return VisionOutput(tokens, self.pool(tokens, seqs if kept is None else kept.seqs))
 
     def init_weights(self) -> None:
         """As big_vision.

@@ -22,6 +22,7 @@ class Masks(NamedTuple):
     index: Tensor  # (S,) int64 hidden rows; those of an image follow one another
     hidden_share: Tensor  # (T,) float32: 1 / hidden patches of the image
     visible_share: Tensor  # (T,) float32: 1 / other patches of the image
+    num_hidden: tuple[int, ...]  # (B,) of each image, on the host
 
     def hidden_weights(self) -> Tensor:  # (S,)
         """Of hidden patches: those of an image sum to 1."""
@@ -74,7 +75,7 @@ def draw_masks(
     index = order[_there(_first_rows(lengths, hidden), device)]
     mask = torch.zeros(len(image), dtype=torch.bool, device=device).index_fill_(0, index, True)
     shares = [(1 / n.clip(1))[image].astype(np.float32) for n in (hidden, lengths - hidden)]
-    return Masks(mask, index, *(_there(x, device) for x in shares))
+    return Masks(mask, index, *(_there(x, device) for x in shares), tuple(hidden.tolist()))
 
 
 def _there(x: np.ndarray, device: torch.device) -> Tensor:

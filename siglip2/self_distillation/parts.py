@@ -48,7 +48,13 @@ def _masks(masks: Masks | None, first: int, last: int, num_images: int) -> Masks
         return None
     rows = _rows(len(masks.mask), first, last, num_images)
     index = masks.index[_rows(len(masks.index), first, last, num_images)] - rows.start
-    return Masks(masks.mask[rows], index, masks.hidden_share[rows], masks.visible_share[rows])
+    return Masks(
+        masks.mask[rows],
+        index,
+        masks.hidden_share[rows],
+        masks.visible_share[rows],
+        masks.num_hidden[first:last],
+    )
 
 
 def _targets(targets: Targets | None, first: int, last: int, num_images: int) -> Targets | None:

@@ -216,16 +216,17 @@ class SslStage(nn.Module):
         if self.distillation is not None:
             image_targets = self.distillation.targets(self._head("image").teach(seen.pooled))
         if self.masked is not None:
-            tokens = self._needed(seen.tokens, masks)
+            tokens = seen.tokens
+            if self._only_hidden:
+                tokens = tokens.index_select(0, masks.index)
             patch_targets = self.masked.targets(self._head("patch").teach(tokens))
         num_images = _mean_over_ranks(len(views.global_view.grid_hw), seen.pooled.device)
         return Prepared(views, masks, image_targets, patch_targets, num_images, dtype)
 
-    def _needed(self, tokens: Tensor, masks: Masks) -> Tensor:
-        """Rows of the global view that the masked loss compares."""
-        if self.config.loss_tokens == "all":
-            return tokens
-        return tokens.index_select(0, masks.index)  # no row twice: its backward needs no sort
+    @property
+    def _only_hidden(self) -> bool:
+        """Whether the masked loss compares hidden patches alone."""
+        return self.config.loss_tokens == "masked"
 
     def forward(
         self,
@@ -247,7 +248,7 @@ class SslStage(nn.Module):
         has_local = branch in ("all", "local") and views.local_views is not None
         seen = [] if original is None else [View(original)]
         if is_masked:
-            seen.append(View(views.global_view, prepared.masks.mask))
+            seen.append(View(views.global_view, prepared.masks, self._only_hidden))
         if has_local:
             seen.append(View(views.local_views))
         token = self.mask_token() if is_masked else None
@@ -266,13 +267,13 @@ class SslStage(nn.Module):
             report["image_teacher_spread"] = spread(targets.z)
         return SslOutput(losses, report, whole)
 
-    def _masked_loss(self, tokens: Tensor, prepared: Prepared) -> Tensor:  # (T, D) -> ()
+    def _masked_loss(self, tokens: Tensor, prepared: Prepared) -> Tensor:  # (S, D) -> ()
         masks = prepared.masks
-        if self.config.loss_tokens == "all":
-            weight = masks.all_weights(self.config.visible_weight)
-        else:
+        if self._only_hidden:
             weight = masks.hidden_weights()
-        z = self._head("patch")(self._needed(tokens, masks))
+        else:
+            weight = masks.all_weights(self.config.visible_weight)
+        z = self._head("patch")(tokens)
         targets, num_images = prepared.patch_targets, prepared.num_images
         return self.masked(z, targets, weight=weight, num_images=num_images)
 

@@ -12,8 +12,8 @@ from models.tiny import (
     tiny_architecture,
 )
 
-from siglip2.models.inputs import patchify
-from siglip2.models.sequences import uniform
+from siglip2.models.inputs import patchify, vision_inputs
+from siglip2.models.sequences import kept, uniform
 
 GRIDS = [(4, 4), (2, 7), (1, 1), (6, 3), (2, 7)]
 EPS = torch.finfo(torch.float64).eps
@@ -146,3 +146,39 @@ def test_an_adapter_around_a_layer_of_the_mlp_is_called():
     for block in model.text.encoder.blocks:
         block.mlp.fc1 = torch.nn.Sequential(block.mlp.fc1, torch.nn.ReLU())
     assert not torch.allclose(model.encode_text(text), before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "computed again"])
+def test_kept_tokens_are_those_of_a_whole_pass(naflex, checkpointing):
+    tower = naflex.vision
+    tower.encoder.grad_checkpointing = checkpointing
+    image = packed(random_images(GRIDS, 4), GRIDS)
+    inputs = vision_inputs(image, tower.config, tower.posemb.device)
+    lengths = [h * w for h, w in GRIDS]
+    # None, one, all and some of an image's tokens, in any order.
+    rows = [[5, 0, 11], [], [0], [17, 3], list(range(14))]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    index = torch.tensor([s + i for s, own in zip(starts, rows, strict=True) for i in own])
+    needed = kept(index, [len(own) for own in rows], lengths)
+    trimmed = tower(*inputs, torch.float64, kept=needed)
+    whole = tower(*inputs, torch.float64)
+    assert_equal(trimmed.tokens, whole.tokens[index])
+    assert_equal(trimmed.pooled[4:], whole.pooled[4:])
+    parameters = [p for name, p in tower.named_parameters() if "pool" not in name]
+    grads = [
+        torch.autograd.grad(tokens.sin().sum(), parameters)
+        for tokens in (trimmed.tokens, whole.tokens[index])
+    ]
+    for ours, theirs in zip(*grads, strict=True):
+        assert_equal(ours, theirs)
+
+
+def test_the_last_block_computes_kept_tokens_alone(naflex):
+    tower, seen = naflex.vision, []
+    for block in tower.encoder.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    image = packed(random_images(GRIDS, 4), GRIDS)
+    inputs = vision_inputs(image, tower.config, tower.posemb.device)
+    lengths = [h * w for h, w in GRIDS]
+    tower(*inputs, torch.float64, kept=kept(torch.tensor([1, 20]), [1, 1, 0, 0, 0], lengths))
+    assert seen == [sum(lengths), 2]

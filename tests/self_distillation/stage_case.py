@@ -84,4 +84,4 @@ def part(views, masks, first, last):
     rows = slice(16 * first, 16 * last)
     index = masks.index[8 * first : 8 * last] - 16 * first
     shares = masks.hidden_share[rows], masks.visible_share[rows]
-    return mine, Masks(masks.mask[rows], index, *shares)
+    return mine, Masks(masks.mask[rows], index, *shares, masks.num_hidden[first:last])

@@ -77,5 +77,5 @@ def test_wrong_input_is_one_clear_error():
 
 def test_no_images_have_no_masks():
     masks = draw(grids=[])
-    assert [len(x) for x in masks] == [0, 0, 0, 0]
+    assert [len(x) for x in masks] == [0] * len(masks)
     assert len(draw("blocks", grids=[]).mask) == 0

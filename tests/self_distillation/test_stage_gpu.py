@@ -37,7 +37,7 @@ def on_gpu(views, masks):
         return VisionInputs(view.patches.cuda(), view.grid_hw, seqs)
 
     views = Views(there(views.global_view, 16), there(views.local_views, 4))
-    return views, Masks(*(x.cuda() for x in masks))
+    return views, Masks(*(x.cuda() for x in masks[:-1]), masks.num_hidden)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
