@@ -37,6 +37,7 @@ PRIORITY = (
     "posemb_resample",
     "bias_gelu",
     "naflex_tower",
+    "ssl_step",
 )
 SECONDS = 90.0  # of benches, for each op
 

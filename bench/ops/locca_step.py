@@ -11,27 +11,26 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
 from siglip2.locca.loss import LocCaLoss
-from siglip2.locca.packing import BEGIN, PackedTexts
+from siglip2.locca.packing import PackedTexts
 from siglip2.locca.tasks import TASKS, TaskText
 from siglip2.models.decoder import Decoder, DecoderConfig
 from siglip2.models.presets import TowerSize
 
 from ..case import Case, Cost, Mode, Rival
 from ..plain_decoder import (
-    IGNORED,
     OrderedTexts,
     PaddedTexts,
     decode_packed,
     decode_padded,
     packed_loss,
     padded_loss,
-    torch_varlen,
 )
+from ..plain_layers import torch_varlen
+from ..plain_texts import ordered_texts, padded_texts
 
 LENGTH = 64
 # Shortest and longest text, mean 25.5: captions vary; the others are a box of up to 15 tokens, a
@@ -80,59 +79,6 @@ def texts_of(B: int, V: int) -> list[list[TaskText]]:
     return texts
 
 
-def _inputs(text: TaskText, V: int) -> list[int]:
-    return [V] * len(text.ids) if text.is_parallel else [BEGIN, *text.ids[:-1]]
-
-
-def _padded(texts: list[TaskText], V: int, device: str) -> PaddedTexts:
-    B = len(texts)
-    ids = torch.zeros(B, LENGTH, dtype=torch.int64)
-    target = torch.full((B, LENGTH), IGNORED)
-    for row, text in enumerate(texts):
-        n = len(text.ids)
-        ids[row, :n] = torch.tensor(_inputs(text, V))
-        target[row, text.prefix : n] = torch.tensor(text.ids[text.prefix :])
-    allowed = None
-    if any(text.is_parallel for text in texts):
-        lengths = torch.tensor([len(text.ids) for text in texts])
-        is_parallel = torch.tensor([text.is_parallel for text in texts])[:, None, None]
-        causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
-        is_text = (torch.arange(LENGTH) < lengths[:, None])[:, None]  # (B, 1, L)
-        allowed = torch.where(is_parallel, is_text, causal)[:, None].to(device)
-    return PaddedTexts(ids.to(device), target.to(device), allowed)
-
-
-def _bounds(lengths: list[int], device: str) -> Tensor:
-    return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0), (1, 0)).int().to(device)
-
-
-def _ordered(images: list[list[TaskText]], N: int, V: int, device: str) -> OrderedTexts:
-    kinds = [
-        [[t for t in image if t.is_parallel is kind] for image in images] for kind in (True, False)
-    ]
-    flat = [text for kind in kinds for image in kind for text in image]
-    counts = [text for text in flat for _ in text.ids[text.prefix :]]
-    weight = [1 / len(images) / (len(t.ids) - t.prefix) for t in counts]
-    at, counted = 0, []
-    for text in flat:
-        counted += range(at + text.prefix, at + len(text.ids))
-        at += len(text.ids)
-    lengths_of = lambda texts: [len(text.ids) for text in texts]
-    return OrderedTexts(
-        torch.tensor([i for t in flat for i in _inputs(t, V)], device=device),
-        torch.tensor([i for t in flat for i in range(len(t.ids))], device=device),
-        torch.tensor([i for t in flat for i in t.ids[t.prefix :]], device=device),
-        torch.tensor(weight, device=device),
-        torch.tensor(counted, device=device),
-        sum(lengths_of(t for image in kinds[0] for t in image)),
-        tuple(_bounds(lengths_of(t for image in k for t in image), device) for k in kinds),
-        tuple(_bounds([sum(lengths_of(image)) for image in k], device) for k in kinds),
-        _bounds([N] * len(images), device),
-        max(sum(lengths_of(image)) for image in images),
-        N,
-    )
-
-
 def make(
     *,
     B: int,
@@ -151,8 +97,8 @@ def make(
         config,
         B,
         loss.pack_tokens(images, [N] * B, device=device),
-        tuple(_padded(list(texts), V, device) for texts in zip(*images, strict=True)),
-        _ordered(images, N, V, device),
+        tuple(padded_texts(texts, LENGTH, V, device) for texts in zip(*images, strict=True)),
+        ordered_texts(images, N, V, device),
     )
     draw = partial(torch.randn, device=device, generator=generator)
     vision = draw(B * N, D).to(dtype).requires_grad_()

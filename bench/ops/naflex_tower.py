@@ -21,6 +21,8 @@ from siglip2.models.vision import VisionTower
 from siglip2.models.weights import hf, timm
 
 from ..case import Case, Cost, Rival
+from ..plain_layers import cast
+from ..plain_towers import encode_padded, patch_embedding, pool_padded, positions
 
 PATCH_SIZE = 16
 BUDGETS = (128, 256, 576, 784, 1024)  # of SigLIP 2, section 2.4.2
@@ -200,45 +202,17 @@ def padded_tower() -> Callable[..., Tensor]:
 
     def run(patches, grids, padded, valid, dtype, *weights):
         dtype = weights[0].dtype if weights[0].dtype == torch.float64 else dtype
-        config, named = _config(weights), _named(weights)
-        w = {name: x.to(dtype) for name, x in named.items()}
-        H = config.size.num_heads
-        linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-        norm = lambda x, name: F.layer_norm(
-            x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6
-        )
-        mlp = lambda x, name: linear(
-            F.gelu(linear(x, f"{name}.fc1"), approximate="tanh"), f"{name}.fc2"
-        )
-        heads = lambda x: x.unflatten(-1, (H, -1)).transpose(1, 2)
-        attend = lambda q, k, v, mask: (
-            F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        size, w = _config(weights).size, cast(_named(weights), dtype)
         B, N = valid.shape
-        x = linear(padded.to(dtype), "patch_embed") + _positions(named["posemb"], grids, N).to(
-            dtype
-        )
-        mask = valid[:, None, None].expand(B, 1, N, N)
-        for i in range(config.size.depth):
-            at = f"encoder.blocks.{i}"
-            q, k, v = linear(norm(x, f"{at}.norm1"), f"{at}.attn.qkv").chunk(3, -1)
-            x = x + linear(attend(q, k, v, mask), f"{at}.attn.out")
-            x = x + mlp(norm(x, f"{at}.norm2"), f"{at}.mlp")
-        x = norm(x, "encoder.norm")
-        q = linear(w["pool.probe"], "pool.q").expand(B, 1, -1)
-        k, v = linear(x, "pool.kv").chunk(2, -1)
-        y = linear(attend(q, k, v, valid[:, None, None]), "pool.out")[:, 0]
-        return y + mlp(norm(y, "pool.norm"), "pool.mlp")
+        x = patch_embedding(w, padded) + _positions(w["posemb"], grids, N).to(dtype)
+        x = encode_padded(w, x, size, attn_mask=valid[:, None, None].expand(B, 1, N, N))
+        return pool_padded(w, x, size, attn_mask=valid[:, None, None])
 
     return run
 
 
 def _positions(table: Tensor, grids: Tensor, longest: int) -> Tensor:  # (B, longest, D)
-    planes = table.permute(2, 0, 1)[None]
-    resize = partial(F.interpolate, planes, mode="bilinear", antialias=True, align_corners=False)
-    rows = [resize(size=(h, w))[0].flatten(1).T for h, w in grids.tolist()]
+    rows = [positions(table, h, w) for h, w in grids.tolist()]
     return torch.stack([F.pad(x, (0, 0, 0, longest - len(x))) for x in rows])
 
 
