@@ -22,6 +22,10 @@ class Budget:
     def left(self) -> float:
         return float("inf") if self._end is None else self._end - time.monotonic()
 
+    def half(self) -> "Budget":
+        """For what must leave as much to what comes after it."""
+        return Budget(None if self.seconds is None else max(self.left, 0) / 2)
+
     def ask(self, seconds: float = 0.0) -> None:
         """OutOfTime where no more than this is left."""
         if self.left <= seconds:

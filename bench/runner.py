@@ -83,11 +83,15 @@ def run_case(request: Request, verdicts: Verdicts | None = None) -> Result:
 
 
 def check_rivals(request: Request) -> Verdicts:
-    """Values and gradients of each rival against the specification in float64."""
+    """Values and gradients of each rival against the specification in float64.
+
+    It takes at most half of the time that the request has.
+    """
     case, device = request.case, request.machine.device
     passed: dict[str, Accuracy] = {}
     refused: dict[str, Fields] = {}
     checker = None
+    budget = request.budget.half()  # rivals that compile would leave no time to measure any
     for name in request.providers or case.rivals:
         reason = case.rivals[name].unsupported(device)
         if reason is not None:
@@ -99,8 +103,8 @@ def check_rivals(request: Request) -> Verdicts:
         request.say(f"checking {name}")
         checker = checker or Checker(case, dtype=DTYPES[request.dtype], device=device)
         try:
-            request.budget.ask()
-            with request.budget.half_of_what_is_left():
+            budget.ask()
+            with budget.half_of_what_is_left():
                 accuracy = checker.accuracy(case.rivals[name])
         except Exception as raised:  # whatever a rival does wrong is a line of the table
             refused[name] = _refusal(raised)

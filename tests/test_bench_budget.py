@@ -12,6 +12,7 @@ import pytest
 from siglip2.errors import ConfigError
 from siglip2_bench import gpu, gpu_checks, gpu_state, smallest, wheels
 from siglip2_bench.budget import Budget, OutOfTime
+from siglip2_bench.case import Rival
 from siglip2_bench.machine import this_machine
 from siglip2_bench.result import read_json
 from siglip2_bench.runner import Request, run_case
@@ -81,6 +82,18 @@ def test_dropped_rivals_say_so(monkeypatch):
     rows = run_case(request(budget=Budget(1e-6), providers=["eager", "ours"])).rows
     assert [(row.status, row.dropped) for row in rows] == [("skipped", True)] * 2
     assert "no time left" in rows[0].detail
+
+
+def test_rivals_that_take_long_to_check_leave_time_to_measure_the_others():
+    def stuck():
+        time.sleep(60)
+
+    case = replace(TOY, rivals=TOY.rivals | {"stuck": Rival(build=stuck)})
+    asked = replace(request(budget=Budget(4), providers=["eager", "stuck", "ours"]), case=case)
+    rows = {row.provider: row for row in run_case(asked).rows}
+    assert rows["eager"].status == rows["ours"].status == "ok"
+    assert rows["stuck"].dropped
+    assert asked.budget.left > 0
 
 
 def test_a_rival_that_ended_cuda_is_not_run_again():
