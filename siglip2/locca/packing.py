@@ -1,6 +1,7 @@
 """Texts of many images in one packed decoder pass."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -77,27 +78,12 @@ def pack_texts(
         got = f"{len(images)} and {len(vision_lengths)}"
         raise ValueError(f"need texts and vision tokens of as many images; got {got}")
     flat = [text for image in images for text in image]
-    lengths = [len(text.ids) for text in flat]
-    ids, target, weight = [], [], []
+    arrays, lengths = _arrays(flat, mask_id), [len(text.ids) for text in flat]
     shares = _shares(flat, totals or count_texts(images), per_token=per_token)
-    for text, share in zip(flat, shares, strict=True):
-        n = len(text.ids)
-        ids += [mask_id] * n if text.is_parallel else [BEGIN, *text.ids[:-1]]
-        target += text.ids
-        weight += [0.0] * text.prefix + [share] * (n - text.prefix)
+    weight = np.where(arrays.pop("is_guessed"), np.repeat(shares, lengths), 0.0)
+    arrays |= {"weight": weight.astype(np.float32), "counted": np.flatnonzero(weight)}
     of_images = [sum(len(text.ids) for text in image) for image in images]
-    counted = [at for at, share in enumerate(weight) if share]
-    tensors = {
-        "ids": torch.tensor(ids, dtype=torch.int64),
-        "target": torch.tensor(target, dtype=torch.int64),
-        "weight": torch.tensor(weight, dtype=torch.float32),
-        "counted": torch.tensor(counted, dtype=torch.int64),
-        "task": torch.tensor([TASKS.index(t.task) for t in flat for _ in t.ids], dtype=torch.int64),
-        "positions": torch.tensor([i for n in lengths for i in range(n)], dtype=torch.int64),
-        "lookahead": torch.tensor(
-            [len(t.ids) if t.is_parallel else 0 for t in flat], dtype=torch.int32
-        ),
-    }
+    tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
     on = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
     texts = Texts(
         on["ids"],
@@ -108,6 +94,26 @@ def pack_texts(
     )
     outputs = (on[name] for name in ("target", "weight", "counted", "task"))
     return PackedTexts(texts, *outputs, sum(vision_lengths), max(vision_lengths, default=0))
+
+
+def _arrays(texts: Sequence[TaskText], mask_id: int) -> dict[str, np.ndarray]:
+    """What the decoder and its loss read of every token, and each text's lookahead."""
+    lengths = np.array([len(text.ids) for text in texts], dtype=np.int64)
+    is_parallel = np.array([text.is_parallel for text in texts], dtype=bool)
+    prefixes = np.array([text.prefix for text in texts], dtype=np.int64)
+    tasks = np.array([TASKS.index(text.task) for text in texts], dtype=np.int64)
+    T = int(lengths.sum())
+    target = np.fromiter(chain.from_iterable(text.ids for text in texts), np.int64, T)
+    positions = np.arange(T) - np.repeat(lengths.cumsum() - lengths, lengths)
+    before = np.where(positions == 0, BEGIN, np.roll(target, 1))
+    return {
+        "ids": np.where(np.repeat(is_parallel, lengths), mask_id, before),
+        "target": target,
+        "task": np.repeat(tasks, lengths),
+        "positions": positions,
+        "lookahead": np.where(is_parallel, lengths, 0).astype(np.int32),
+        "is_guessed": positions >= np.repeat(prefixes, lengths),
+    }
 
 
 def _shares(texts: Sequence[TaskText], totals: Totals, *, per_token: bool) -> list[float]:
