@@ -103,7 +103,7 @@ def locca_quickstart() -> Config:
 def ssl_quickstart() -> Config:
     """Sigmoid loss on scenes, its last quarter with self-distillation and masked prediction.
 
-    Chosen by mIoU over three seeds (LOG.md, 2026-11-27).
+    Neither head collapses so; dense features gain nothing that seeds do not hide (LOG.md).
     """
     start = locca_quickstart()
     return replace(
@@ -112,7 +112,7 @@ def ssl_quickstart() -> Config:
         ssl=SelfDistillationConfig(
             start_share=0.75,  # at 0.5 the rate still is so high that the image's head collapses
             distillation_weight=1.0,
-            masked_weight=1.0,  # patches teach more here than 32 images; TIPS has 2
+            masked_weight=1.0,  # patches are learned here, images of so small a batch are not
             size_factor=1.0,
             prototypes=1024,  # with 128 the image's head collapses
             hidden_width=256,
