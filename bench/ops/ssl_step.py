@@ -156,7 +156,9 @@ def cost(*, dtype: torch.dtype, **shape: int) -> dict[str, Cost]:
     widths = [D, head.hidden_width, head.hidden_width, head.bottleneck, K]
     row = sum(2 * a * b for a, b in pairwise(widths))
     taught = seen + (B + B * (N // 2)) * row
-    learned = 2 * seen + local + passes(B, locca_step.LENGTH) + _students(sizes) * row
+    # Of the masked view's visible patches the last block has to make keys and values alone.
+    needless = B * (N - N // 2) * (4 * D * D + 4 * D * tower.mlp_width + 4 * D * N)
+    learned = 2 * seen - needless + local + passes(B, locca_step.LENGTH) + _students(sizes) * row
     decoder = locca_step.cost(B=B, N=N, D=D, depth=sizes.depth // 2, V=V, dtype=dtype)["full"]
     student, teacher = (
         4 * sum(s.numel() for s in shapes.values()) for shapes in weight_shapes(sizes)

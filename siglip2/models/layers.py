@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from siglip2_kernels import bias_gelu, map_pool, varlen_attention, varlen_qkv_attention
+from siglip2_kernels import (
+    VarlenPlan,
+    bias_gelu,
+    map_pool,
+    varlen_attention,
+    varlen_qkv_attention,
+)
 
 from .presets import TowerSize
 from .sequences import Kept, Sequences
@@ -126,7 +132,7 @@ class MapHead(nn.Module):
         self.norm = LayerNorm(size.width)
         self.mlp = Mlp(size.width, size.mlp_width)
 
-    def forward(self, x: Tensor, seqs: Sequences) -> Tensor:  # (T, D) -> (B, D)
+    def forward(self, x: Tensor, seqs: Sequences | VarlenPlan) -> Tensor:  # (T, D) -> (B, D)
         projections = (self.q.weight, self.q.bias, self.kv.weight, self.kv.bias)
         bounds = (seqs.cu_seqlens, seqs.max_seqlen)
         y = map_pool(x, *bounds, self.probe, *projections, num_heads=self.num_heads)

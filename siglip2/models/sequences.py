@@ -28,7 +28,6 @@ class Kept(NamedTuple):
     """Tokens that are needed after the last block of a tower, which then makes no others."""
 
     index: Tensor  # (S,) int64 rows of (T, D); those of a sequence follow one another
-    seqs: Sequences  # their bounds
     plan: VarlenPlan  # queries: the kept tokens; keys: all tokens of their sequence
 
 
@@ -38,8 +37,7 @@ def kept(
     lengths_k: Sequence[int],  # (B,) all tokens of each sequence
 ) -> Kept:
     """Raises ValueError when there is not one number of kept tokens for each sequence."""
-    plan = make_plan(lengths, lengths_k, device=index.device)
-    return Kept(index, ragged(lengths, index.device), plan)
+    return Kept(index, make_plan(lengths, lengths_k, device=index.device))
 
 
 def uniform(num: int, length: int, device: torch.device) -> Sequences:

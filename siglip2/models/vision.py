@@ -45,7 +45,7 @@ class VisionTower(nn.Module):
         masking = {"mask": mask, "mask_token": mask_token}
         x = patch_embed(patches, weight, bias, posemb=posemb, dtype=dtype, **masking)
         tokens = self.encoder(x, seqs, kept)
-        return VisionOutput(tokens, self.pool(tokens, seqs if kept is None else kept.seqs))
+        return VisionOutput(tokens, self.pool(tokens, seqs if kept is None else kept.plan))
 
     def init_weights(self) -> None:
         """As big_vision.
