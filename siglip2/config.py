@@ -99,6 +99,7 @@ class SelfDistillationConfig:
     pack: Literal["all", "branch"] = "all"  # one pass, or one a view kind: a third of the memory
     mask_layout: Literal["random", "blocks"] = "random"  # of hidden patches; not published
     num_local: int = 8  # local views an image (section 2.3)
+    photometric: bool = True  # DINO's colours, blur and solarisation; False: views are crops alone
 
 
 @dataclass(frozen=True, kw_only=True)

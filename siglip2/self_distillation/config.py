@@ -5,7 +5,7 @@ DINOv2 arXiv:2304.07193. "Not published" is said of SigLIP 2 (arXiv:2502.14786, 
 follows SILC and TIPS where it names no number.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 # Of both losses, by the tower's width (section 2.3): B, L, So400m, g.
@@ -33,7 +33,7 @@ class ViewConfig:
     global_area: tuple[float, float] = (0.4, 1.0)  # (SILC)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width over height, log-uniform (DINO)
     flip: float = 0.5  # probability, as all below (DINO)
-    # Not published whether any of what follows is used, so as DINO: 0 everywhere is crops alone.
+    # Not published whether any of what follows is used, so as DINO. `crops_alone` is without.
     jitter: float = 0.8
     brightness: float = 0.4  # factors are drawn from 1 - x to 1 + x
     contrast: float = 0.4
@@ -44,6 +44,11 @@ class ViewConfig:
     global_blur: float = 0.1  # DINO's second global view
     blur_px: tuple[float, float] = (0.1, 2.0)  # deviation
     solarize: float = 0.2  # global view alone, as DINO's second
+
+    def crops_alone(self) -> "ViewConfig":
+        """Without photometric changes."""
+        none = ("jitter", "grayscale", "local_blur", "global_blur", "solarize")
+        return replace(self, **dict.fromkeys(none, 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)

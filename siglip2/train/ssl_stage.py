@@ -28,6 +28,7 @@ def begins_at(config: Config) -> float:
 
 def stage_config(ssl: SelfDistillationConfig) -> SslConfig:
     """The run's knobs among all of the stage's."""
+    views = ViewConfig(num_local=ssl.num_local)
     return SslConfig(
         start_share=ssl.start_share,
         distillation_weight=ssl.distillation_weight,
@@ -41,7 +42,7 @@ def stage_config(ssl: SelfDistillationConfig) -> SslConfig:
         head=HeadConfig(
             hidden_width=ssl.hidden_width, bottleneck=ssl.bottleneck, prototypes=ssl.prototypes
         ),
-        views=ViewConfig(num_local=ssl.num_local),
+        views=views if ssl.photometric else views.crops_alone(),
     )
 
 

@@ -17,9 +17,7 @@ from siglip2.self_distillation.views import global_side, local_side
 
 EPS = torch.finfo(torch.float64).eps
 VISION = tiny_architecture(patch_size=4, grid=4).vision
-PLAIN = ViewConfig(
-    jitter=0, grayscale=0, local_blur=0, global_blur=0, solarize=0, num_local=3, flip=0.0
-)
+PLAIN = ViewConfig(num_local=3, flip=0.0).crops_alone()
 
 
 def generator(seed=0):
@@ -111,6 +109,19 @@ def test_local_views_of_an_image_follow_one_another():
     views = draw_views(colours, PLAIN, VISION, generator())
     means = views.local_views.patches.view(3, 3, -1)
     torch.testing.assert_close(means, torch.tensor([-1.0, 0, 1])[:, None, None].expand_as(means))
+
+
+def test_crops_alone_keep_the_colours_of_the_image():
+    """What photometric changes do to a flat canvas is all that a patch of it shows."""
+    flat = torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1).expand(8, 3, 16, 16)
+    patch = patchify(flat[:1], 4)[0, 0, 0]
+    deviation = {}
+    for name, config in {"all": ViewConfig(), "none": ViewConfig().crops_alone()}.items():
+        views = draw_views(flat, config, VISION, generator())
+        both = (views.global_view.patches, views.local_views.patches)
+        deviation[name] = [(x - patch).abs().max().item() for x in both]
+    assert max(deviation["none"]) <= 1e-6
+    assert min(deviation["all"]) > 0.1
 
 
 def test_views_repeat_with_the_generator_and_differ_from_one_another():

@@ -14,7 +14,7 @@ from siglip2.train import setup
 from siglip2.train.accumulate import accumulate, run_passes
 from siglip2.train.optim import adamw
 from siglip2.train.parallel import unwrapped, wrap
-from siglip2.train.ssl_stage import begin_stage, view_seed
+from siglip2.train.ssl_stage import begin_stage, stage_config, view_seed
 from siglip2.train.step import TrainStep
 
 
@@ -255,6 +255,10 @@ def test_settings_that_cannot_work_are_one_line(change, message):
     assert message in str(error.value)
 
 
-def test_no_weight_builds_nothing():
-    assert SSL.distillation_weight
-    assert make_config(distillation_weight=0.0, masked_weight=0.0).ssl.prototypes == 19
+def test_views_of_a_run_are_crops_alone_where_it_says_so():
+    views, plain = (
+        stage_config(replace(SSL, photometric=wanted)).views for wanted in (True, False)
+    )
+    assert views.jitter > 0
+    assert plain == views.crops_alone()
+    assert plain.num_local == SSL.num_local
