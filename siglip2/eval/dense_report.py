@@ -9,7 +9,7 @@ from siglip2.config import DataConfig, EvalConfig
 from siglip2.data.scenes import Scenes
 from siglip2.data.sources import open_source
 from siglip2.eval.dense import evaluate_dense
-from siglip2.eval.sections import humanize, percent, tile
+from siglip2.eval.sections import humanize, tile
 from siglip2.models.siglip2 import Siglip2
 
 if TYPE_CHECKING:
@@ -78,10 +78,7 @@ def dense_section(
     for source, found in results.items():
         other = others.get(source)
         tiles = [
-            tile(
-                percent(found[column]),
-                label if other is None else f"{label}; the other run {percent(other[column])}",
-            )
+            tile(f"{100 * found[column]:.1f} %", label + _beside(found, other, column))
             for column, label in _COLUMNS.items()
         ]
         counts = (
@@ -93,3 +90,11 @@ def dense_section(
             f'<div class="grid tiles wide">{"".join(tiles)}</div>'
         )
     return "".join(parts)
+
+
+def _beside(mine: Mapping[str, Any], other: Mapping[str, Any] | None, column: str) -> str:
+    """The other run's number and what sets them apart, in points of a percent."""
+    if other is None:
+        return ""
+    points = 100 * (mine[column] - other[column])
+    return f"; the other run {100 * other[column]:.1f} % ({points:+.1f})"

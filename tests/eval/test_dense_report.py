@@ -43,7 +43,7 @@ def test_the_table_and_the_metrics_have_every_source():
 def test_the_page_sets_another_run_beside_and_escapes_names():
     page = dense_section({"<held>": FOUND}, {})
     assert "&lt;held&gt;" in page
-    assert "<b>31 %</b><span>mIoU</span>" in page
+    assert "<b>31.0 %</b><span>mIoU</span>" in page
     assert "48 things; probe fitted to 1,000 scenes" in page
     other = dense_section({"x": FOUND}, {"x": FOUND | {"miou": 0.25}})
-    assert "mIoU; the other run 25 %" in other
+    assert "mIoU; the other run 25.0 % (+6.0)" in other
