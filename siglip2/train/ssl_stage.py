@@ -1,6 +1,7 @@
 """The last fifth of the recipe in a run: built when it begins, its teacher moved by every step."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -8,13 +9,17 @@ from torch import Tensor, nn
 
 from siglip2_kernels.fused_adamw import average
 
-from ..config import Config, SelfDistillationConfig
+from ..config import Config, SelfDistillationConfig, TrainConfig
 from ..models.presets import VisionConfig
 from ..models.vision import VisionTower
 from ..self_distillation import HeadConfig, SslConfig, SslStage, ViewConfig
 from .fused_adamw import FusedAdamW
 from .optim import add_parameters
 from .parallel import unwrapped, wrap_again
+
+# Of `siglip2.self_distillation.stage.spread`. Heads that learn the scenes stay above 0.8; one that
+# gave up passed this within 100 steps.
+COLLAPSED = 0.02
 
 
 def is_wanted(ssl: SelfDistillationConfig) -> bool:
@@ -87,6 +92,29 @@ def describe_stage(task: nn.Module, step: int) -> str:
         f"{losses} after step {step:,}: {trained:.1f} M parameters more,"
         f" {kept:.1f} M in the teacher"
     )
+
+
+class CollapseNotice:
+    """A line for the console, once, when a teacher gives all that it is asked one answer.
+
+    Its loss stands still then and looks like one that has converged.
+    """
+
+    def __init__(self, config: TrainConfig):
+        # One image has no spread.
+        self._kinds = ["image", "patch"] if config.batch_size >= 2 * config.accum_steps else []
+
+    def __call__(self, row: Mapping[str, float]) -> list[str]:
+        """Of a row of `metrics.jsonl`."""
+        spreads = {kind: row.get(f"train/{kind}_teacher_spread", 1.0) for kind in self._kinds}
+        self._kinds = [kind for kind, spread in spreads.items() if not spread < COLLAPSED]
+        return [
+            f"the {kind}-level teacher gives nearly one answer to all (spread {spread:.3f} of 1):"
+            " its loss teaches nothing any more. Try --ssl.balance sinkhorn, an --ssl.ema_momentum"
+            " nearer to 1, or --ssl.photometric false where views are of flat pictures"
+            for kind, spread in spreads.items()
+            if spread < COLLAPSED
+        ]
 
 
 def _taught(stage: SslStage, student: VisionTower) -> list[tuple[nn.Module, nn.Module]]:

@@ -33,7 +33,7 @@ from .parallel import (
     wrap,
 )
 from .run_dir import check_one_config, flatten, open_run, record, to_yaml
-from .ssl_stage import begin_stage, begins_at, describe_stage, view_seed
+from .ssl_stage import CollapseNotice, begin_stage, begins_at, describe_stage, view_seed
 from .step import TrainStep
 
 EVALUATION_TIMEOUT_S = 24 * 3600
@@ -184,7 +184,7 @@ def loop(run: Run) -> None:
     )
     bar = Bar(run.num_steps, run.progress.step, enabled=main)
     batches = iter(run.loader)
-    clock = Clock(run.progress.time_s)
+    clock, collapse = Clock(run.progress.time_s), CollapseNotice(train_config)
     try:
         while run.progress.step < run.num_steps:
             with clock.waiting_for_data():
@@ -211,6 +211,8 @@ def loop(run: Run) -> None:
                     writer.write(row)
                     reporter.write(row)
                     bar.line(console_line(row, run.num_steps, clock.eta_s(run.num_steps - done)))
+                    for line in collapse(row):
+                        bar.line(line)
                 clock.lap()
             if done % train_config.checkpoint_every_steps == 0 and done < run.num_steps:
                 run.save()

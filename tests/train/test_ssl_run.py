@@ -7,10 +7,11 @@ import pytest
 import torch
 from train.ssl_case import SSL
 
-from siglip2.config import QuickstartConfig
+from siglip2.config import QuickstartConfig, TrainConfig
 from siglip2.recipe.presets import preset
 from siglip2.train.checkpoint import checkpoints, read_progress
 from siglip2.train.parallel import unwrapped
+from siglip2.train.ssl_stage import CollapseNotice
 from siglip2.train.trainer import Run, loop, train
 
 STEPS, SWITCH = 8, 4  # the stage begins after so many
@@ -112,6 +113,24 @@ def test_parts_branches_and_the_other_optimiser_take_over(tmp_path, cache, whole
         assert found.keys() == wanted.keys()
         losses = {name: value for name, value in wanted.items() if name.endswith("loss")}
         assert {name: found[name] for name in losses} == pytest.approx(losses, rel=1e-3)
+
+
+def test_a_collapsed_teacher_is_told_once(tmp_path, cache, capsys, monkeypatch):
+    notice = CollapseNotice(TrainConfig(batch_size=8))
+    row = {"train/image_teacher_spread": 0.019, "train/patch_teacher_spread": 0.9}
+    (line,) = notice(row)
+    assert "image-level teacher" in line
+    assert "spread 0.019" in line
+    assert notice(row) == []
+    assert notice({"train/loss": 1.0}) == []
+    (line,) = notice({**row, "train/patch_teacher_spread": 0.0})
+    assert "patch-level" in line
+    assert CollapseNotice(TrainConfig(batch_size=8, accum_steps=8))(row) == []  # parts of one image
+    monkeypatch.setattr("siglip2.train.ssl_stage.COLLAPSED", 1.0)
+    run = Run(make_config(tmp_path, cache))
+    run.num_steps = SWITCH + 2
+    loop(run)
+    assert capsys.readouterr().out.count("gives nearly one answer to all") == 2
 
 
 def test_one_loss_alone_builds_the_other_s_nothing(tmp_path, cache):
