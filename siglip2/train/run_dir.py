@@ -151,8 +151,9 @@ def _explicit(path: Path) -> Path:
 def _check_same(folder: Path, config: Config, ranks: int) -> None:
     import yaml
 
+    new, default = (flatten(yaml.safe_load(to_yaml(x))) for x in (config, Config()))
     old = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    new = flatten(yaml.safe_load(to_yaml(config)))
+    old = default | old  # fields are new whose default is what an older version did
     env = folder / "env.json"
     old_ranks = json.loads(env.read_text()).get("ranks", 1) if env.exists() else 1
     old_batch, new_batch = (

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from siglip2.config import (
 )
 from siglip2.errors import CheckpointError, ConfigError
 from siglip2.train.checkpoint import checkpoints
-from siglip2.train.run_dir import to_yaml
+from siglip2.train.run_dir import open_run, record, to_yaml
 from siglip2.train.trainer import Run, loop, train
 
 
@@ -165,6 +166,19 @@ def test_other_settings_are_refused_by_name(finished, cache):
         ConfigError, match=r"other settings \(.*train.batch_size: 16 -> 8.*overwrite"
     ):
         train(config)
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path, cache):
+    """What it did not know it did as the defaults do, and other values are other settings."""
+    config = make_config(tmp_path, cache)
+    record(config)
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del saved["ssl"]["photometric"], saved["train"]["seed"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert open_run(config) is None  # there is no checkpoint yet
+    other = replace(config, ssl=replace(config.ssl, photometric=False))
+    with pytest.raises(ConfigError, match=r"other settings \(ssl.photometric: True -> False\)"):
+        open_run(other)
 
 
 def test_resume_never_refuses_a_run(finished, cache):
