@@ -93,7 +93,7 @@ def dense_section(
 
 
 def _beside(mine: Mapping[str, Any], other: Mapping[str, Any] | None, column: str) -> str:
-    """The other run's number and what sets them apart, in points of a percent."""
+    """The other run's number and what sets them apart, in percentage points."""
     if other is None:
         return ""
     points = 100 * (mine[column] - other[column])

@@ -108,7 +108,7 @@ def ssl_quickstart() -> Config:
         locca=LocCaConfig(),
         ssl=SelfDistillationConfig(
             start_share=0.5,  # the published 0.8 would leave 800 steps
-            distillation_weight=3.0,  # 1 and 0.25 are published; both gain less here
+            distillation_weight=3.0,  # published: 1 and 0.25, which gain less here
             masked_weight=1.0,
             size_factor=1.0,
             prototypes=1024,
@@ -116,7 +116,7 @@ def ssl_quickstart() -> Config:
             bottleneck=64,
             balance="sinkhorn",
             ema_momentum=0.996,  # DINO's; 0.966, 0.99 and 0.999 did as well
-            num_local=4,  # half the time of 8
+            num_local=4,  # half the local tokens of 8
             # Other colours on a flat canvas say more than its drawings: then nothing is learned.
             photometric=False,
         ),

@@ -258,13 +258,13 @@ class SslStage(nn.Module):
         if is_masked:
             loss = self._masked_loss(next(outputs).tokens, prepared)
             losses["masked_loss"] = self.masked_weight * loss
-            report["patch_teacher_spread"] = spread(prepared.patch_targets.z)
+            report |= _spread("patch", prepared.patch_targets.z)
         if has_local:
             z = self._head("image")(next(outputs).pooled)
             targets, num_images = prepared.image_targets, prepared.num_images
             loss = self.distillation(z, targets, num_images=num_images)
             losses["distillation_loss"] = self.distillation_weight * loss
-            report["image_teacher_spread"] = spread(targets.z)
+            report |= _spread("image", targets.z)
         return SslOutput(losses, report, whole)
 
     def _masked_loss(self, tokens: Tensor, prepared: Prepared) -> Tensor:  # (S, D) -> ()
@@ -279,9 +279,10 @@ class SslStage(nn.Module):
 
 
 @torch.no_grad()
-def spread(z: Tensor) -> Tensor:  # (S, D) unit rows -> ()
-    """1 - |mean row|^2: near 0 when a teacher gives all images one answer."""
-    return 1 - z.float().mean(0).square().sum()
+def _spread(name: str, z: Tensor) -> dict[str, Tensor]:  # (S, D) unit rows
+    """1 - |mean row|^2: near 0 when a teacher gives all one answer. A single row has none."""
+    found = 1 - z.float().mean(0).square().sum()
+    return {f"{name}_teacher_spread": found} if len(z) > 1 else {}
 
 
 def _mean_over_ranks(count: int, device: torch.device) -> Tensor | int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from siglip2_kernels.fused_adamw import average
 
-from ..config import Config, SelfDistillationConfig, TrainConfig
+from ..config import Config, SelfDistillationConfig
 from ..models.presets import VisionConfig
 from ..models.vision import VisionTower
 from ..self_distillation import HeadConfig, SslConfig, SslStage, ViewConfig
@@ -17,7 +17,7 @@ from .fused_adamw import FusedAdamW
 from .optim import add_parameters
 from .parallel import unwrapped, wrap_again
 
-# Of `siglip2.self_distillation.stage.spread`. Heads that learn the scenes stay above 0.8; one that
+# Of a teacher's spread, 1 - |mean row|^2. Heads that learn the scenes stay above 0.8; one that
 # gave up passed this within 100 steps.
 COLLAPSED = 0.02
 
@@ -100,20 +100,19 @@ class CollapseNotice:
     Its loss stands still then and looks like one that has converged.
     """
 
-    def __init__(self, config: TrainConfig):
-        # One image has no spread.
-        self._kinds = ["image", "patch"] if config.batch_size >= 2 * config.accum_steps else []
+    def __init__(self):
+        self._silent = ["image", "patch"]  # of which nothing has been said
 
     def __call__(self, row: Mapping[str, float]) -> list[str]:
         """Of a row of `metrics.jsonl`."""
-        spreads = {kind: row.get(f"train/{kind}_teacher_spread", 1.0) for kind in self._kinds}
-        self._kinds = [kind for kind, spread in spreads.items() if not spread < COLLAPSED]
+        spreads = {kind: row.get(f"train/{kind}_teacher_spread", 1.0) for kind in self._silent}
+        collapsed = {kind: spread for kind, spread in spreads.items() if spread < COLLAPSED}
+        self._silent = [kind for kind in self._silent if kind not in collapsed]
         return [
             f"the {kind}-level teacher gives nearly one answer to all (spread {spread:.3f} of 1):"
             " its loss teaches nothing any more. Try --ssl.balance sinkhorn, an --ssl.ema_momentum"
             " nearer to 1, or --ssl.photometric false where views are of flat pictures"
-            for kind, spread in spreads.items()
-            if spread < COLLAPSED
+            for kind, spread in collapsed.items()
         ]
 
 

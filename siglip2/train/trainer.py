@@ -184,7 +184,7 @@ def loop(run: Run) -> None:
     )
     bar = Bar(run.num_steps, run.progress.step, enabled=main)
     batches = iter(run.loader)
-    clock, collapse = Clock(run.progress.time_s), CollapseNotice(train_config)
+    clock, collapse = Clock(run.progress.time_s), CollapseNotice()
     try:
         while run.progress.step < run.num_steps:
             with clock.waiting_for_data():
